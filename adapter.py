@@ -1,9 +1,5 @@
-"""Audio features into the decoder: gated projectors, the audio ids with their time markers, splicing, DeepStack rows.
-
-Shapes: A audio tokens (12.5 a second), N prompt tokens, E the encoder's output width, D the decoder's width.
-"""
-
-from __future__ import annotations
+"""Audio features into the decoder: gated projectors, audio ids with time markers, splicing, DeepStack rows.
+Shapes: A audio tokens (12.5 a second), N prompt tokens, E the encoder's output_dim, D the decoder's hidden_size."""
 
 from dataclasses import dataclass
 
@@ -11,15 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-TOKENS_PER_MARKER = 25  # two seconds
-SECONDS_PER_MARKER = 2
-DIGIT_IDS = range(15, 25)  # "0".."9" in every Qwen3 vocabulary, which begins with the printable bytes in order
-
+MARKER_TOKENS, MARKER_SECONDS = 25, 2  # a time marker follows 25 audio tokens, which are 2 seconds
+DIGIT_IDS = range(15, 25)  # "0" to "9": Qwen's vocabulary begins with the printable bytes from "!" on
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Widths (config.json's output_dim, adapter_hidden_size, hidden_size) and ids (processor_config.json's)."""
-
+    """Sizes from config.json, the rest from processor_config.json (one released folder lacks it: hence defaults)."""
     output_dim: int
     adapter_hidden_size: int
     hidden_size: int
@@ -28,10 +21,8 @@ class AdapterConfig:
     audio_end_id: int = 151_670
     enable_time_marker: bool = True
 
-
 class GatedMLP(nn.Module):
-    """The projector of the encoder's output, and of each tap: [A, E] to [A, D]."""
-
+    """The adapter, and each DeepStack merger: [A, E] to [A, D]."""
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.output_dim, config.adapter_hidden_size, bias=False)
@@ -41,31 +32,21 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 def audio_ids(tokens: int, config: AdapterConfig, time_markers: bool) -> list[int]:
-    """The ids of one clip of `tokens` audio tokens: start, audio ids, end.
-
-    With time markers the elapsed seconds follow every 25 audio tokens, as digits: 25 x audio, "2", 25 x audio, "4", ...
-    25 x audio, "1", "0", ... Markers are text: they embed as text, take positions, and get no DeepStack.
-    """
+    """A clip of `tokens` audio tokens as prompt ids: start, audio, end.
+    With time markers, after every two seconds of audio come the seconds elapsed, in digits: 25 x audio, "2", 25 x
+    audio, "4", ... "1", "0", ... They are text: embedded as text, counted in positions, given no DeepStack rows."""
     ids = [config.audio_start_id]
-    for start in range(0, tokens, TOKENS_PER_MARKER):
-        end = start + TOKENS_PER_MARKER
-        ids += [config.audio_token_id] * (min(end, tokens) - start)
-        if time_markers and end <= tokens:
-            seconds = end // TOKENS_PER_MARKER * SECONDS_PER_MARKER
-            ids += [DIGIT_IDS[int(digit)] for digit in str(seconds)]
+    for done in range(1, tokens + 1):
+        ids.append(config.audio_token_id)
+        if time_markers and done % MARKER_TOKENS == 0:
+            ids += [DIGIT_IDS[int(digit)] for digit in str(done // MARKER_TOKENS * MARKER_SECONDS)]
     return [*ids, config.audio_end_id]
 
-
 def splice(embeds: torch.Tensor, rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
-    """Text embeddings [..., N, D] with the adapter's rows [A, D] in place of those where is_audio [..., N] is true."""
+    """Embeddings [..., N, D] with the rows [A, D] in the places where is_audio [..., N] is true."""
     return embeds.index_put((is_audio,), rows)
 
-
 def deepstack_rows(rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
-    """A DeepStack projector's rows [A, D] laid out as the prompt is: [..., N, D], zero where is_audio [..., N] is false.
-
-    Row set k is added to what leaves decoder layer k, so a prompt's text and time markers get nothing.
-    """
+    """A merger's rows [A, D] laid out like the prompt, [..., N, D], with 0 for text and time markers."""
     return splice(rows.new_zeros(*is_audio.shape, rows.shape[-1]), rows, is_audio)

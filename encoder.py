@@ -1,17 +1,10 @@
 """Sound to audio features: file -> 16 kHz waveform -> log-mel -> 4-second chunks -> encoder output and taps.
+Shapes: T mel frames (100 a second), A audio tokens (12.5 a second), C chunks, t frames and L tokens of a chunk, D the
+encoder's width (d_model), H heads, hd head size. The file reads in the order in which sound goes through it."""
 
-Shapes: T mel frames (100 a second), A audio tokens (12.5 a second), C chunks, t frames of a chunk, L tokens of a
-chunk, D the encoder's width (d_model), H heads, hd head size. The file reads in the order in which sound goes through.
-"""
-
-from __future__ import annotations
-
-import io
-import math
-import os
-import subprocess
-import tempfile
+import io, math, os, subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -20,202 +13,141 @@ import torch.nn.functional as F
 from torch import nn
 
 SAMPLE_RATE = 16_000
-N_FFT = 400  # a frame: 25 ms
-HOP = 160  # between frames: 10 ms
-N_MELS = 128
-STRIDE = 8  # mel frames to a token: three convolutions of stride 2
+N_FFT, HOP = 400, 160  # samples in a frame (25 ms), and from frame to frame (10 ms)
+N_MELS, STRIDE = 128, 8  # bands of the log-mel; frames in a token (three convolutions of stride 2)
 
 # ---- sound to a waveform ----
-
-# The containers that ffmpeg may open. Playlists (hls, concat, dash) are not among them: they would name other files.
+# What ffmpeg may open. Playlists (hls, concat, dash) are not among it: they make it read other files.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
+FFMPEG = ("ffmpeg", "-v", "error", "-protocol_whitelist", "cache,pipe", "-format_whitelist", CONTAINERS,
+          "-i", "cache:pipe:0", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
 
+def require(good: bool, sentence: str) -> None:
+    if not good:
+        raise ValueError(sentence)
 
 def load_audio(source) -> torch.Tensor:
-    """Sound to float32 [samples], 16 kHz, mono.
-
-    source: a path, an open binary file, or a one-dimensional float array (torch or numpy) that is at 16 kHz already.
-    Raises ValueError for what is not sound, is shorter than one 10-ms hop, or holds NaN or infinity.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            with open(source, "rb") as file:
-                return load_audio(file)
-        except OSError as error:
-            raise ValueError(f"{source}: {error.strerror or error}") from error
-    name = getattr(source, "name", "the sound")
-    if hasattr(source, "read"):
-        file = source if source.seekable() else io.BytesIO(source.read())  # a pipe is read whole
-        samples, rate = decode(file, name)
-        wave = resample(torch.from_numpy(samples), rate)
-    else:
-        wave = torch.as_tensor(source)
-        if wave.ndim != 1 or not wave.is_floating_point():
-            kind = f"{wave.dtype} {list(wave.shape)}".removeprefix("torch.")
-            raise ValueError(f"a clip given as an array has to be float [samples] at 16 kHz, not {kind}")
-        wave = wave.detach().to("cpu", torch.float32)
-    if len(wave) < HOP:
-        raise ValueError(f"{name}: {len(wave)} samples at 16 kHz, shorter than one 10-ms hop of {HOP}")
-    if not wave.isfinite().all():
-        raise ValueError(f"{name}: the sound has samples that are not finite (NaN or infinity)")
+    """A path, an open binary file or a float array [samples] at 16 kHz, to float32 [samples], 16 kHz, mono.
+    Raises ValueError for what is not sound, not finite, or shorter than one 10-ms hop."""
+    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "sound")
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            wave = decode(Path(source).read_bytes(), name)
+        else:
+            wave = decode(source.read(), name) if hasattr(source, "read") else torch.as_tensor(source).detach().cpu()
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}; expected a sound file") from error
+    floats = wave.ndim == 1 and wave.is_floating_point()
+    require(floats, f"{name}: {wave.dtype} {list(wave.shape)}; expected floats [samples] at 16 kHz")
+    wave = wave.float()
+    require(len(wave) >= HOP, f"{name}: {len(wave)} samples at 16 kHz; expected at least {HOP}, one hop of 10 ms")
+    require(wave.isfinite().all(), f"{name}: samples that are NaN or infinite; expected finite ones")
     return wave
 
-
-def read_mono(file) -> tuple[np.ndarray, int]:
-    """What soundfile can read, from a seekable binary file, to float32 [samples] (channels averaged) and the rate in Hz."""
-    with soundfile.SoundFile(file) as sound:
-        blocks = sound.blocks(1 << 18, dtype="float32", always_2d=True)  # [frames, channels] each
-        mono = [block.mean(axis=1) for block in blocks]
-        return np.concatenate(mono or [np.zeros(0, np.float32)]), sound.samplerate
-
-
-def decode(file, name: str) -> tuple[np.ndarray, int]:
-    """As read_mono, with ffmpeg for what soundfile can't read (m4a, mp4, webm, ...)."""
+def decode(data: bytes, name: str) -> torch.Tensor:
+    """A sound file's bytes, by soundfile or else by ffmpeg (m4a, mp4, webm, ...), to float32 [samples] at 16 kHz."""
     try:
-        return read_mono(file)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: a file called .raw has no rate
-        reason = str(error).split(": ", 1)[-1]
-    # ffmpeg gets the sound on its standard input and may open nothing else; what it decodes is for soundfile again.
-    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", "cache,pipe", "-format_whitelist", CONTAINERS]
-    command += ["-i", "cache:pipe:0", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
-    file.seek(0)
-    with tempfile.TemporaryFile() as decoded:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [samples, channels]
+    except soundfile.SoundFileError as error:
         try:
-            run = subprocess.run(command, input=file.read(), stdout=decoded, stderr=subprocess.PIPE)
+            run = subprocess.run(FFMPEG, input=data, capture_output=True)
         except FileNotFoundError:
-            raise ValueError(f"{name}: soundfile can't read it ({reason}), and there is no ffmpeg on the PATH") from None
-        said = run.stderr.decode(errors="replace").strip().splitlines() or ["no sound in it"]
-        if run.returncode != 0 or decoded.seek(0, os.SEEK_END) == 0:
-            raise ValueError(f"{name}: not a sound that soundfile or ffmpeg can read ({said[-1]})")
-        decoded.seek(0)
-        return read_mono(decoded)
-
+            raise ValueError(f"{name}: {error}; for other formats an ffmpeg on the PATH is needed") from None
+        said = run.stderr.decode(errors="replace").strip()[-200:]
+        require(run.returncode == 0 and run.stdout, f"{name}: soundfile and ffmpeg can't read it as a sound: {said}")
+        samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)
+    return resample(torch.from_numpy(samples.mean(axis=1)), rate)
 
 def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:
-    """Windowed-sinc interpolation of [samples] at `rate` Hz to 16 kHz, as torchaudio.functional.resample does it.
-
-    Output sample n m + p is filter p (of n) on the window around input sample o m + o p / n, with o and n the old and the
-    new rate over their greatest common divisor. torchaudio's filters have 2w + o taps, of which all but the 2w + 2 around the
-    centre are 0: only those are made here, one filter at a time, or an odd rate would need gigabytes.
-    """
+    """[samples] at `rate` Hz to 16 kHz by windowed-sinc interpolation (torchaudio.functional.resample). With o, n the
+    rates over their greatest common divisor, output n m + p is filter p, of n, around input o m + o p / n. A filter at a
+    time, and 2w + 2 taps of it: torchaudio's other o - 2 are 0, and take gigabytes at an odd rate (44,101 Hz)."""
     if rate == SAMPLE_RATE:
         return wave
-    divisor = math.gcd(rate, SAMPLE_RATE)
-    old, new = rate // divisor, SAMPLE_RATE // divisor
-    cutoff = 0.99 * min(old, new)
-    width = math.ceil(6 * old / cutoff)
-    length = math.ceil(np.float32(new * len(wave) / old))  # in float32, since torchaudio rounds there
-    length = min(length, new * (len(wave) // old + 1))
-    beyond = (length - 1) * old // new + width + 2 - len(wave)  # how far the last window reaches past the end
-    padded = F.pad(wave, (width, max(0, beyond)))
-    out = torch.empty(length)
-    for p in range(min(new, length)):
-        first = p * old // new - width
-        taps = torch.arange(first, first + 2 * width + 2, dtype=torch.float32)
-        t = (cutoff * (taps / old - p / new)).clamp(-6, 6)
-        filters = cutoff / old * torch.sinc(t) * torch.cos(torch.pi * t / 12) ** 2
-        windows = padded[first + width :].unfold(0, 2 * width + 2, old)[: len(out[p::new])]  # a view: [samples, taps]
-        out[p::new] = torch.cat([block @ filters for block in windows.split(1 << 16)])
+    o, n = rate // math.gcd(rate, SAMPLE_RATE), SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)
+    cutoff = 0.99 * min(o, n)
+    w = math.ceil(6 * o / cutoff)
+    out = torch.empty(min(math.ceil(np.float32(n * len(wave) / o)), n * (len(wave) // o + 1)))  # float32: torchaudio's
+    wave = F.pad(wave, (w, max(0, (len(out) - 1) * o // n + w + 2 - len(wave))))
+    for p in range(min(n, len(out))):
+        first = p * o // n - w
+        t = (cutoff * (torch.arange(first, first + 2 * w + 2) / o - p / n)).clamp(-6, 6)
+        taps = cutoff / o * torch.sinc(t) * torch.cos(torch.pi * t / 12) ** 2
+        windows = wave[first + w :].unfold(0, 2 * w + 2, o)[: len(out[p::n])]  # [m, 2w + 2], a view
+        out[p::n] = torch.cat([block @ taps for block in windows.split(1 << 16)])
     return out
 
-
 # ---- waveform to log-mel ----
-
-
 def mel_filters() -> np.ndarray:
-    """128 triangular filters over 0-8000 Hz, float64 [128, 201]: Slaney's mel scale, each of unit area.
-
-    The scale is linear below 1000 Hz (15 mel) and logarithmic above, 27 mel to a factor of 6.4. HTK's scale is another.
-    """
+    """128 triangles of unit area over 0-8000 Hz, float64 [128, 201], on Slaney's mel scale (not HTK's): linear up to
+    1000 Hz (15 mel), then logarithmic, a factor of 6.4 in 27 mel."""
     mels = np.linspace(0, 15 + np.log(8000 / 1000) * (27 / np.log(6.4)), N_MELS + 2)
     edges = np.where(mels < 15, 200 * mels / 3, 1000 * np.exp(np.log(6.4) / 27 * (mels - 15)))  # Hz [130]
-    bins = np.linspace(0, SAMPLE_RATE // 2, N_FFT // 2 + 1)  # Hz [201]
-    rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]  # [128, 201]
-    falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
-    return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-
+    bins, widths = np.linspace(0, SAMPLE_RATE // 2, N_FFT // 2 + 1), np.diff(edges)[:, None]  # Hz [201], [129, 1]
+    triangles = np.minimum((bins - edges[:-2, None]) / widths[:-1], (edges[2:, None] - bins) / widths[1:])
+    return np.maximum(0, triangles) * (2 / (edges[2:] - edges[:-2]))[:, None]
 
 def hann_window() -> np.ndarray:
-    """The periodic Hann window, float64 [400]: 401 symmetric points without the last."""
+    """The periodic Hann window, float64 [400]: the symmetric one of 401 points without its last."""
     return np.hanning(N_FFT + 1)[:-1]
 
-
 def pad_edges(wave: np.ndarray) -> np.ndarray:
-    """200 samples of reflection at each end, so that frame i is centred on sample 160 i."""
+    """Reflects 200 samples at each end (of a shorter clip again and again), so that frame i is around sample 160 i."""
     return np.pad(wave, N_FFT // 2, mode="reflect")
 
-
 def mel_spectrum(wave: np.ndarray) -> np.ndarray:
-    """float32 [samples] to the normalised log-mel, float32 [128, T], T = samples // 160.
-
-    Spectrum and filters are in float64 with the spectrum rounded to complex64 once, as in the numpy path of transformers'
-    WhisperFeatureExtractor: its ordinary torch path differs in dozens of values. Nothing is padded or cut to 30 s.
-    """
-    frames = np.lib.stride_tricks.sliding_window_view(pad_edges(wave), N_FFT)[::HOP]
-    frames = frames[: len(wave) // HOP]  # [T, 400]: the frame around the very end is dropped
+    """float32 [samples] to normalised log-mel, float32 [128, T] with T = samples // 160: nothing is padded to 30 s.
+    In float64 but for the spectrum's rounding to complex64, as transformers' WhisperFeatureExtractor does it in numpy
+    (_np_extract_fbank_features); its torch path, in float32, differs in dozens of values."""
     filters, window = mel_filters(), hann_window()
-    mel = np.empty((N_MELS, len(frames)), np.float32)
-    for start in range(0, len(frames), 1000):  # ten seconds at a time: a frame in float64 takes ten times its sound
-        block = frames[start : start + 1000].astype(np.float64) * window
-        power = np.abs(np.fft.rfft(block).astype(np.complex64), dtype=np.float64) ** 2  # [1000, 201]
-        mel[:, start : start + 1000] = np.log10(np.maximum(1e-10, filters @ power.T))
-    mel = np.maximum(mel, mel.max() - 8)  # 80 dB below the clip's own maximum
-    return (mel + 4) / 4
-
+    frames = np.lib.stride_tricks.sliding_window_view(pad_edges(wave), N_FFT)[::HOP]  # [T + 1, 400], a view
+    mel = np.empty((N_MELS, len(wave) // HOP), np.float32)  # the last frame, around the very end, is dropped
+    for i in range(0, mel.shape[1], 1000):  # by ten seconds, which bounds the memory
+        spectrum = np.fft.rfft(frames[:-1][i : i + 1000] * window).astype(np.complex64)  # [1000, 201]
+        power = filters @ (np.abs(spectrum, dtype=np.float64) ** 2).T  # [128, 1000]
+        mel[:, i : i + 1000] = np.log10(np.maximum(power, 1e-10))
+    return (np.maximum(mel, mel.max() - 8) + 4) / 4  # the floor is 80 dB below this clip's own maximum
 
 def log_mel(wave: torch.Tensor) -> torch.Tensor:
-    """float32 [samples] to the encoder's input, bfloat16 [128, T]: rounded so whatever the model's type, as upstream does."""
+    """float32 [samples] to bfloat16 [128, T], what enters the encoder: rounded so whatever the model's type."""
     return torch.from_numpy(mel_spectrum(wave.numpy())).to(torch.bfloat16)
 
-
 # ---- log-mel to features ----
-
-
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The fields of config.json's audio_config that are used, by their names there."""
-
-    num_mel_bins: int
+    """What is used of config.json's audio_config, by its names there."""
     downsample_hidden_size: int  # channels of the convolutions
     d_model: int
     output_dim: int
     encoder_layers: int
     encoder_attention_heads: int
     encoder_ffn_dim: int
-    layer_norm_eps: float
-    deepstack_encoder_layer_indexes: tuple[int, ...]  # the layers that are tapped, in the order of their projectors
+    layer_norm_eps: float  # of the final norm alone
+    deepstack_encoder_layer_indexes: tuple[int, ...]  # layers whose output is a tap, in the order of their mergers
     n_window: int = 200  # half a chunk, in mel frames
-    conv_chunksize: int = 64  # chunks that are encoded at a time
-
+    conv_chunksize: int = 64  # chunks encoded at a time
 
 def count_tokens(frames: int, n_window: int) -> int:
-    """Audio tokens of a clip of `frames` mel frames: its chunks are encoded, and rounded up, one by one."""
+    """The audio tokens of a clip of `frames` mel frames; each of its chunks is rounded up."""
     chunks, rest = divmod(frames, 2 * n_window)
     return chunks * math.ceil(2 * n_window / STRIDE) + math.ceil(rest / STRIDE)
 
-
 def split_chunks(mels: list[torch.Tensor], n_window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-mels [M, T] of all clips to chunks [C, M, t] and the tokens of each, int64 [C].
-
-    Every chunk is padded with zeros to the longest chunk of all clips. The convolutions' biases go through the padding, so it
-    changes the last tokens of a padded tail: that is upstream's arithmetic, and encoding each chunk at its own length is not.
-    """
+    """All clips' log-mels [128, T] to chunks [C, 128, t], and the number of tokens in each, int64 [C].
+    Chunks are padded with 0 to the longest among all clips. That changes a padded chunk's last tokens, since the
+    convolutions' biases make something of the padding: it is upstream's arithmetic, and has to be kept."""
     chunks = [chunk for mel in mels for chunk in mel.split(2 * n_window, dim=1)]
-    frames = [chunk.shape[1] for chunk in chunks]
-    padded = torch.stack([F.pad(chunk, (0, max(frames) - chunk.shape[1])) for chunk in chunks])
-    return padded, torch.tensor([count_tokens(t, n_window) for t in frames])
-
+    longest = max(chunk.shape[1] for chunk in chunks)
+    padded = torch.stack([F.pad(chunk, (0, longest - chunk.shape[1])) for chunk in chunks])
+    return padded, torch.tensor([count_tokens(chunk.shape[1], n_window) for chunk in chunks])
 
 def sinusoids(length: int, width: int) -> torch.Tensor:
-    """Positions 0 to length - 1 as float32 [length, width]: sines in the first half, cosines in the second."""
-    rates = torch.exp(-math.log(10_000) / (width // 2 - 1) * torch.arange(width // 2, dtype=torch.float32))
-    angles = torch.arange(length, dtype=torch.float32)[:, None] * rates
+    """Positions 0 to length - 1, float32 [length, width]: sines in the first half of a row, cosines in the second."""
+    rates = torch.exp(-math.log(10_000) / (width // 2 - 1) * torch.arange(width // 2))
+    angles = torch.arange(length)[:, None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-
 class EncoderAttention(nn.Module):
-    """Bidirectional attention within a chunk."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.heads = config.encoder_attention_heads
@@ -224,23 +156,17 @@ class EncoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
-    def query(self, x: torch.Tensor) -> torch.Tensor:
-        """The query, scaled after projection and bias (in a low precision, the order of rounding shows)."""
-        return self.q_proj(x) * (x.shape[-1] // self.heads) ** -0.5
-
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         C, L, D = x.shape
-        q, k, v = (y.view(C, L, self.heads, -1).transpose(1, 2) for y in (self.query(x), self.k_proj(x), self.v_proj(x)))
+        q = self.q_proj(x) * (D // self.heads) ** -0.5  # scaled here, after its bias, and not in the attention
+        q, k, v = (y.view(C, L, self.heads, -1).transpose(1, 2) for y in (q, self.k_proj(x), self.v_proj(x)))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)  # [C, H, L, hd]
         return self.out_proj(x.transpose(1, 2).reshape(C, L, D))
 
-
 class EncoderLayer(nn.Module):
-    """A pre-norm Transformer layer (Whisper's)."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=1e-5)  # fixed: layer_norm_eps is the final norm's
+        self.self_attn_layer_norm = nn.LayerNorm(config.d_model, eps=1e-5)
         self.self_attn = EncoderAttention(config)
         self.final_layer_norm = nn.LayerNorm(config.d_model, eps=1e-5)
         self.fc1 = nn.Linear(config.d_model, config.encoder_ffn_dim)
@@ -248,63 +174,49 @@ class EncoderLayer(nn.Module):
         self.fc2 = nn.Linear(config.encoder_ffn_dim, config.d_model)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[C, L, D] to the same; mask: bool [C, 1, 1, L], False for keys that are padding, or None."""
         x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
         x = x + self.fc2(self.activation(self.fc1(self.final_layer_norm(x))))
-        if x.dtype == torch.float16:  # its largest value is 65504: upstream keeps away from infinity
-            x = x.clamp(-64504, 64504)
-        return x  # [C, L, D]
-
+        return x.clamp(-64504, 64504) if x.dtype == torch.float16 else x  # float16 ends at 65504
 
 class AudioEncoder(nn.Module):
-    """Log-mels to features at 12.5 tokens a second, with the outputs of a few inner layers (taps) for DeepStack."""
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        channels, mels = config.downsample_hidden_size, math.ceil(config.num_mel_bins / STRIDE)
-        self.conv1 = nn.Conv2d(1, channels, 3, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.activation = nn.GELU()  # exact (erf), not tanh
-        self.stem_proj = nn.Linear(channels * mels, config.d_model)
+        channels, D = config.downsample_hidden_size, config.d_model
+        convs = (nn.Conv2d(inputs, channels, 3, stride=2, padding=1) for inputs in (1, channels, channels))
+        self.conv1, self.conv2, self.conv3 = convs
+        self.activation = nn.GELU()
+        self.stem_proj = nn.Linear(channels * N_MELS // STRIDE, D)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.layer_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        same = config.output_dim == config.d_model
-        self.out_proj = nn.Identity() if same else nn.Linear(config.d_model, config.output_dim, bias=False)
+        self.layer_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.out_proj = nn.Identity() if config.output_dim == D else nn.Linear(D, config.output_dim, bias=False)
 
     def stem(self, chunks: torch.Tensor) -> torch.Tensor:
-        """[C, M, t] to [C, L, D]: three convolutions over (mel, time), a projection, and positions from 0 in every chunk."""
+        """Chunks [C, 128, t] to tokens [C, L, D], L = ceil(t / 8), with positions that begin at 0 in every chunk."""
         x = chunks[:, None]  # [C, 1, 128, t]
         for conv in (self.conv1, self.conv2, self.conv3):
-            x = self.activation(conv(x))  # [C, channels, 64 then 32 then 16, ceil(t/2) then ceil(t/4) then L]
-        x = self.stem_proj(x.permute(0, 3, 1, 2).flatten(2))  # channels before mel: [C, L, channels * 16] -> [C, L, D]
-        return x + sinusoids(x.shape[1], x.shape[2]).to(x)  # rounded to the model's type only here
-
-    def output(self, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter gets of the last layer's output: [..., D] to [..., output_dim]."""
-        return self.out_proj(self.layer_norm(x))
+            x = self.activation(conv(x))  # [C, channels, 64, t/2], [C, channels, 32, t/4], [C, channels, 16, L]
+        x = self.stem_proj(x.permute(0, 3, 1, 2).flatten(2))  # channels before mel: [C, L, channels * 16] to [C, L, D]
+        return x + sinusoids(*x.shape[1:]).to(x)  # made in float32, rounded to the model's type
 
     def tap(self, x: torch.Tensor) -> torch.Tensor:
-        """What a DeepStack projector gets of its layer's output, which has no norm: [..., D] to [..., output_dim]."""
-        return self.out_proj(x)
+        return self.out_proj(x)  # a layer's output as it is, without the norm: [..., D] to [..., output_dim]
 
     def forward(self, mels: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Log-mels [M, T] of a prompt's clips to the output [A, output_dim] and the taps, each [A, output_dim].
-
-        Chunks are a batch of their own kind: nothing crosses from one to the next. A counts all clips, one after another.
-        """
-        indexes = self.config.deepstack_encoder_layer_indexes
+        """The log-mels [128, T] of a prompt's clips to the output [A, output_dim] and the taps, [A, output_dim] each. A
+        is all clips' tokens, one after another. Chunks are rows of a batch: nothing crosses from one to the next."""
+        size, indexes = self.config.conv_chunksize, self.config.deepstack_encoder_layer_indexes
         chunks, tokens = split_chunks(mels, self.config.n_window)
-        found = []  # a batch: [output, tap 0, tap 1, ...]
-        for batch, count in zip(chunks.split(self.config.conv_chunksize), tokens.split(self.config.conv_chunksize)):
-            x = self.stem(batch.to(self.conv1.weight))
-            keep = torch.arange(x.shape[1]) < count[:, None]  # [C, L], False where a chunk is padding
-            mask = None if keep.all() else keep[:, None, None].to(x.device)  # over keys: [C, 1, 1, L]
-            keep, tapped = keep.to(x.device), {}
+        parts = []
+        for x, n in zip(chunks.split(size), tokens.split(size)):
+            x = self.stem(x.to(self.conv1.weight))
+            real = (torch.arange(x.shape[1]) < n[:, None]).to(x.device)  # [C, L], False for padding
+            mask, taps = None if real.all() else real[:, None, None], {}
             for i, layer in enumerate(self.layers):
                 x = layer(x, mask)
                 if i in indexes:
-                    tapped[i] = self.tap(x[keep])
-            found.append([self.output(x[keep]), *(tapped[i] for i in indexes)])
-        output, *taps = (torch.cat(batches) for batches in zip(*found))
+                    taps[i] = self.tap(x[real])
+            parts.append([self.out_proj(self.layer_norm(x[real])), *(taps[i] for i in indexes)])
+        output, *taps = (torch.cat(part) for part in zip(*parts))
         return output, taps

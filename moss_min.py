@@ -1,407 +1,276 @@
 """MOSS-Audio, minimal and exact: configuration, tokenizer, loading, prompt, model, command line.
+Shapes: T mel frames, N prompt tokens, D the decoder's width, V vocabulary."""
 
-The parts: encoder.py (sound to features), adapter.py (features into the decoder), qwen3.py (the decoder), sample.py
-(generation). Shapes: T mel frames, A audio tokens, N prompt tokens, D the decoder's width, V vocabulary.
-"""
+import os, signal, sys
 
-from __future__ import annotations
-
-import os
-import signal
-import sys
-
-if __name__ == "__main__":  # Ctrl-C ends quietly while the imports, which take seconds, still run
+if __name__ == "__main__":  # Ctrl-C is quiet during the imports, too, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import argparse
-import json
-import math
-import re
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields, replace
+import argparse, json, math, re, time, warnings
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
-
 from adapter import AdapterConfig, GatedMLP, audio_ids, deepstack_rows, splice
-from encoder import HOP, SAMPLE_RATE, AudioEncoder, EncoderConfig, count_tokens, load_audio, log_mel
+from encoder import HOP, SAMPLE_RATE, AudioEncoder, EncoderConfig, count_tokens, load_audio, log_mel, require
 from qwen3 import Qwen3, Qwen3Config
 from sample import Sampling, generate, split_thinking, stream_answer, stream_text
 
 # ---- configuration ----
-
-KINDS = {  # kind (a config field's annotation) -> is a JSON value of that kind, what was expected
-    "int": (lambda v: type(v) is int and 0 < v < 2**31, "a positive whole number"),
-    "float": (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
-    "bool": (lambda v: type(v) is bool, "true or false"),
-    "tuple[int, ...]": (lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v), "numbers from 0 up"),
-    "object": (lambda v: type(v) is dict, "a JSON object"),
+MossConfig = namedtuple("MossConfig", "encoder adapter decoder stop_ids")  # three config dataclasses, and ints
+KINDS = {  # a config field's type -> whether a JSON value is of it, what was expected
+    int: (lambda v: type(v) is int and 0 < v < 2**31, "a positive whole number"),
+    float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
+    bool: (lambda v: type(v) is bool, "true or false"),
+    tuple[int, ...]: (lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v), "numbers from 0 up"),
+    dict: (lambda v: type(v) is dict, "an object"),
 }
-FIXED = {  # values that would change the arithmetic: another one is refused, not ignored
+FIXED = {  # what would change the arithmetic: another value is refused, not ignored; most may be left out
     "": {"model_type": "moss_audio", "tie_word_embeddings": False},
     "audio_config": {"num_mel_bins": 128, "activation_function": "gelu", "downsample_rate": 8},
     "language_config": {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
                         "use_sliding_window": False, "tie_word_embeddings": False},
-    "mel_config": {"mel_sr": 16_000, "mel_dim": 128, "mel_n_fft": 400, "mel_hop_length": 160, "mel_dtype": "bfloat16",
-                   "use_whisper_feature_extractor": True},
-}  # fmt: skip
+    "mel_config": {"mel_sr": 16_000, "mel_dim": 128, "mel_n_fft": 400, "mel_hop_length": 160,
+                   "mel_dtype": "bfloat16", "use_whisper_feature_extractor": True},
+}
 
-
-@dataclass(frozen=True)
-class MossConfig:
-    """What matters of a checkpoint folder's JSON files."""
-
-    encoder: EncoderConfig  # its taps are those that are used
-    adapter: AdapterConfig
-    decoder: Qwen3Config
-    stop_ids: tuple[int, ...]
-
-
-def checked(value, kind: str, name: str):
-    """The value, if it is of that kind (a list as a tuple)."""
+def checked(value, kind: type, name: str):
+    """A JSON value, if it is of that kind (a list as a tuple)."""
     good, expected = KINDS[kind]
-    if not good(value):
-        raise ValueError(f"{name} is {'missing' if value is None else f'{value!r:.60}'}; expected {expected}")
+    require(good(value), f"{name} is {'missing' if value is None else f'{value!r:.60}'}; expected {expected}")
     return tuple(value) if type(value) is list else value
 
-
-def read_json(path: Path, default: dict | None = None) -> dict:
-    """The JSON object in a file, or `default` if there is no such file."""
-    if default is not None and not path.exists():
-        return default
+def read_json(path: Path, optional: bool = False) -> dict:
+    """The object in a JSON file; an empty one for an optional file that is not there."""
     try:
-        return checked(json.loads(path.read_bytes()), "object", path.name)
+        return {} if optional and not path.exists() else checked(json.loads(path.read_bytes()), dict, path.name)
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}, which a checkpoint folder has, can't be read: {error}") from error
-
+        raise ValueError(f"{path} can't be read ({error}); expected a checkpoint folder's JSON file") from error
 
 def read_fields(config_class: type, data: dict, where: str):
-    """A config dataclass from the values under its fields' names; one that has a default may be left out."""
+    """A config dataclass from the values under its fields' names; those that have a default may be left out."""
     given = [field for field in fields(config_class) if field.name in data or field.default is MISSING]
     return config_class(**{f.name: checked(data.get(f.name), f.type, f"{where}.{f.name}") for f in given})
 
-
 def read_config(folder: Path) -> MossConfig:
-    """A checkpoint folder's configuration. Raises ValueError for what is missing, wrong or not supported."""
-    config, processor = read_json(folder / "config.json"), read_json(folder / "processor_config.json", {})
-    parts = {name: checked(config.get(name), "object", f"config.json: {name}") for name in ("audio_config", "language_config")}
-    parts[""] = {"model_type": None, **config}
-    parts["mel_config"] = checked(processor.get("mel_config", {}), "object", "processor_config.json: mel_config")
-    for part, values in FIXED.items():
-        for name, value in values.items():
-            if (given := parts[part].get(name, value)) != value:
-                raise ValueError(f"{f'{part}.{name}'.strip('.')} is {given!r:.60}; only {value!r} is supported")
-    encoder = read_fields(EncoderConfig, parts["audio_config"], "config.json: audio_config")
-    decoder = read_fields(Qwen3Config, parts["language_config"], "config.json: language_config")
-    widths = {"output_dim": encoder.output_dim, "adapter_hidden_size": config.get("adapter_hidden_size")}
-    adapter = read_fields(AdapterConfig, processor | widths | {"hidden_size": decoder.hidden_size}, "config")
-    taps = encoder.deepstack_encoder_layer_indexes
-    used = config.get("deepstack_num_inject_layers", len(taps))
-    eos = read_json(folder / "generation_config.json", {}).get("eos_token_id", parts["language_config"].get("eos_token_id"))
-    stop_ids = checked([eos] if type(eos) is int else eos, "tuple[int, ...]", "eos_token_id")
+    """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
+    config = {"model_type": None} | read_json(folder / "config.json")
+    processor = {"mel_config": {}} | read_json(folder / "processor_config.json", optional=True)
+    audio, language = (checked(config.get(name), dict, name) for name in ("audio_config", "language_config"))
+    mel = checked(processor["mel_config"], dict, "mel_config")
+    for part, (name, fixed) in zip((config, audio, language, mel), FIXED.items()):
+        for key, value in fixed.items():
+            given = part.get(key, value)
+            require(given == value, f"{name}.{key} is {given!r:.60}; only {value!r} is supported".lstrip("."))
+    encoder = read_fields(EncoderConfig, audio, "audio_config")
+    decoder = read_fields(Qwen3Config, language, "language_config")
+    adapter = read_fields(AdapterConfig, audio | language | config | processor, "config.json")
+    taps, D, heads = encoder.deepstack_encoder_layer_indexes, encoder.d_model, encoder.encoder_attention_heads
+    used = checked([config.get(name := "deepstack_num_inject_layers", len(taps))], tuple[int, ...], name)
+    eos = read_json(folder / "generation_config.json", optional=True).get("eos_token_id", language.get("eos_token_id"))
+    stop_ids = checked([eos] if type(eos) is int else eos, tuple[int, ...], "eos_token_id")
     ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id, *stop_ids)
-    demands = {
-        "d_model: even, above 2, a multiple of encoder_attention_heads": encoder.d_model > 2
-        and encoder.d_model % 2 == encoder.d_model % encoder.encoder_attention_heads == 0,
-        "deepstack_encoder_layer_indexes: each below encoder_layers": max(taps, default=0) < encoder.encoder_layers,
-        "deepstack_num_inject_layers: a whole number from 0 up": type(used) is int and used >= 0,
-        "num_attention_heads: a multiple of num_key_value_heads": decoder.num_attention_heads % decoder.num_key_value_heads == 0,
-        "head_dim: even": decoder.head_dim % 2 == 0,
-        "audio and eos token ids: each below vocab_size": max(ids) < decoder.vocab_size,
-    }
-    for demand, met in demands.items():
-        if not met:
-            raise ValueError(f"config.json does not meet what is expected of {demand}")
-    return MossConfig(replace(encoder, deepstack_encoder_layer_indexes=taps[:used]), adapter, decoder, stop_ids)
-
+    require(D > 2 and D % 2 == D % heads == 0, f"d_model is {D}; expected an even multiple of the {heads} heads")
+    require(decoder.head_dim % 2 == 0, f"head_dim is {decoder.head_dim}; expected an even number")
+    require(decoder.num_attention_heads % decoder.num_key_value_heads == 0, "expected key_value_heads to divide heads")
+    require(max(taps, default=0) < encoder.encoder_layers, f"taps {taps}: expected below {encoder.encoder_layers}")
+    require(max(ids) < decoder.vocab_size, f"audio and eos token ids {ids}: expected below {decoder.vocab_size}")
+    return MossConfig(replace(encoder, deepstack_encoder_layer_indexes=taps[: used[0]]), adapter, decoder, stop_ids)
 
 # ---- tokenizer and weights ----
-
-SPLIT = (  # Qwen's pattern: every digit is a piece of its own, as the time markers need
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The byte-level BPE of tokenizer.json, or else of vocab.json, merges.txt and tokenizer_config.json."""
+    """Qwen's byte-level BPE from tokenizer.json, or else from vocab.json, merges.txt and tokenizer_config.json."""
     try:
         if (folder / "tokenizer.json").exists():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-        vocab |= {token["content"]: int(i) for i, token in added.items()}  # each gets the id it has there
+        vocab |= {token["content"]: int(i) for i, token in added.items()}  # or they would get the next free ids
         tokenizer = Tokenizer(models.BPE(vocab, merges))
         tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
     except Exception as error:  # tokenizers raises no narrower class
         raise ValueError(f"{folder}: the tokenizer can't be read: {error!r}") from error
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    split, to_bytes = pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     return tokenizer
 
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # by safetensors' names
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
-DERIVED = "audio_encoder.embed_positions.inv_timescales"  # in some re-exports; computed here
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies."""
-
-    path: Path
-    offset: int  # bytes from the file's beginning
-    shape: list[int]
-    dtype: str
-
-
-def find_tensors(folder: Path, model: nn.Module) -> dict[str, Stored]:
-    """The model's tensors in a checkpoint folder, by name, shard after shard. Raises ValueError if they don't fit it."""
+def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
+    """Where the model's tensors are: dtype, shape, path, offset. Raises ValueError if it's not those and no others."""
     lone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not index.exists() and not lone.exists():
-        raise ValueError(f"{folder}: no {index.name} or {lone.name} (weights of another kind, such as pickles, are not read)")
-    weight_map = checked(read_json(index).get("weight_map"), "object", "weight_map") if index.exists() else {"": lone.name}
+    require(index.exists() or lone.exists(), f"{folder}: expected {lone.name} or its index (no pickles are read)")
+    weight_map = checked(read_json(index).get("weight_map"), dict, "weight_map") if index.exists() else {"": lone.name}
     found = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if Path(name).name != name:
-            raise ValueError(f"{index}: names {name!r:.60}; expected a file in the same folder")
+    for name in sorted(map(str, set(weight_map.values()))):
+        require(Path(name).name == name, f"{index} names {name!r:.60}; expected a file in the same folder")
         try:
-            safe_open(folder / name, "pt")  # checks that the file is whole
+            safe_open(folder / name, "pt")  # checks the header, and that the file is whole
             with open(folder / name, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / name}: not a whole safetensors file: {error}") from error
-        for key, entry in header.items():
-            if key not in ("__metadata__", DERIVED) and weight_map.get(key, name) == name:
-                found[key] = Stored(folder / name, 8 + length + entry["data_offsets"][0], entry["shape"], entry["dtype"])
-    expected = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    wrong = {
-        "missing": [key for key in expected if key not in found],
-        "unexpected": [key for key in found if key not in expected],
-        "of another shape": [f"{key} {found[key].shape} instead of {shape}" for key, shape in expected.items()
-                             if key in found and found[key].shape != shape],
-        "of another type": [f"{key} ({at.dtype})" for key, at in found.items() if at.dtype not in STORED],
-    }  # fmt: skip
-    if any(wrong.values()):
-        parts = (f"{len(keys)} {what} (first: {keys[0]:.90})" for what, keys in wrong.items() if keys)
-        raise ValueError(f"{folder}: tensors don't fit config.json: {', '.join(parts)}")
+            raise ValueError(f"{folder / name}: {error}; expected a whole safetensors file") from error
+        for key in header.keys() - {"__metadata__", "audio_encoder.embed_positions.inv_timescales"}:  # not needed
+            if weight_map.get(key, name) == name:
+                offset = 8 + length + header[key]["data_offsets"][0]
+                found[key] = header[key] | {"path": folder / name, "offset": offset}
+    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    misshaped = [key for key in shapes if key in found and found[key]["shape"] != shapes[key]]
+    problems = {
+        "missing": [key for key in shapes if key not in found],
+        "unexpected": sorted(found.keys() - shapes.keys()),
+        "misshaped": [f"{key} {found[key]['shape']} for {shapes[key]}" for key in misshaped],
+        "not " + " or ".join(STORED): [key for key in found if found[key]["dtype"] not in STORED],
+    }
+    listed = (f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
+    require(not any(problems.values()), f"{folder}: the tensors don't fit config.json: {'; '.join(listed)}")
     return found
 
-
-def read_tensor(at: Stored, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor from its file, straight to device and type.
-
-    In small blocks and not mapped: a mapped file's pages would count as memory of the process, on top of the copy.
-    """
-    tensor = torch.empty(at.shape, dtype=dtype, device=device)
-    with open(at.path, "rb", buffering=0) as file:
-        file.seek(at.offset)
+def read_tensor(entry: dict, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor from its file to device and type, in blocks: of a mapped file, the pages would count as our memory."""
+    tensor = torch.empty(entry["shape"], dtype=dtype, device=device)
+    with open(entry["path"], "rb", buffering=0) as file:
+        file.seek(entry["offset"])
         for block in tensor.view(-1).split(1 << 22):
-            raw = torch.empty(len(block), dtype=STORED[at.dtype])
+            raw = torch.empty(len(block), dtype=STORED[entry["dtype"]])
             file.readinto(raw.view(torch.uint8).numpy())
             block.copy_(raw)
     return tensor
-
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else MPS, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if (device := torch.device(name)).type in ("cuda", "mps", "cpu"):
-            return torch.empty(0, device=device).device
+        torch.ones(1, device=name).item()
+        return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not there: {error}") from error
-    raise ValueError(f"device {name!r} is not supported; expected auto, cuda, mps or cpu")
-
+        raise ValueError(f"device {name!r} can't be used ({error}); expected auto, cuda, mps or cpu") from error
 
 # ---- prompt and model ----
+CLIP = "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"  # a clip's placeholder; the middle may be repeated
+PLACEHOLDER = re.compile("{}(?:{})+{}".format(*map(re.escape, CLIP)))
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-WRAP = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
-PLACEHOLDER = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
-PIECES = ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    ids: torch.Tensor  # int64 [N]
-    mels: list[torch.Tensor]  # bfloat16 [128, T] for each clip
-
+Prompt = namedtuple("Prompt", "ids mels")  # int64 [N]; a list, for each clip bfloat16 [128, T]
 
 class MossAudio(nn.Module):
-    """The whole model; its submodules have the checkpoint's names."""
-
+    """The whole model. Submodules have the checkpoint's names."""
     def __init__(self, config: MossConfig, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
         self.audio_encoder = AudioEncoder(config.encoder)
         self.audio_adapter = GatedMLP(config.adapter)
-        taps = config.encoder.deepstack_encoder_layer_indexes
-        self.deepstack_audio_merger_list = nn.ModuleList(GatedMLP(config.adapter) for _ in taps)
+        mergers = (GatedMLP(config.adapter) for _ in config.encoder.deepstack_encoder_layer_indexes)
+        self.deepstack_audio_merger_list = nn.ModuleList(mergers)
         self.language_model = Qwen3(config.decoder)
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
 
     @classmethod
-    def from_pretrained(cls, folder, device="auto", dtype="auto", report: Callable[[str], None] = lambda line: None):
-        """The model in a checkpoint folder, on a device, for inference (no parameter requires a gradient).
-
-        device: "auto" is CUDA, else MPS, else the CPU. dtype: float32, bfloat16, float16, or "auto", which is float32 on a
-        CPU and elsewhere the type that lm_head is stored in. report: called with a line for each shard. Raises ValueError.
-        """
+    def from_pretrained(cls, folder, device="auto", dtype="auto", report=lambda line: None):
+        """The model in a checkpoint folder, for inference: no parameter requires a gradient. device: "auto" is CUDA,
+        else MPS, else the CPU. dtype: float32, bfloat16, float16, or "auto", float32 on the CPU and elsewhere the type
+        of the stored lm_head. report is called with a line for each shard. Raises ValueError."""
         folder, device = Path(folder), pick_device(device)
-        if dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype is {dtype!r}; expected auto, {', '.join(DTYPES)}")
+        require(dtype in DTYPES, f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
         config, tokenizer = read_config(folder), load_tokenizer(folder)
-        if (largest := max(tokenizer.get_vocab().values(), default=0)) >= config.decoder.vocab_size:
-            raise ValueError(f"the tokenizer has an id {largest}, but vocab_size is {config.decoder.vocab_size}")
+        largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), config.decoder.vocab_size
+        require(largest < vocab_size, f"{folder}: the tokenizer has id {largest}; expected below {vocab_size}")
         with torch.device("meta"):  # shapes without memory
-            model = cls(config, tokenizer).requires_grad_(False)
+            model = cls(config, tokenizer).requires_grad_(False).eval()
         found = find_tensors(folder, model)
-        dtype = DTYPES.get(dtype, torch.float32 if device.type == "cpu" else STORED[found["lm_head.weight"].dtype])
-        if dtype == torch.float32 and device.type == "cuda":  # TF32 keeps 10 bits of the mantissa: that is not float32
+        dtype = DTYPES[dtype] or STORED["F32" if device.type == "cpu" else found["lm_head.weight"]["dtype"]]
+        if device.type == "cuda" and dtype == torch.float32:  # TF32 keeps ten bits of a factor: that is not float32
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        tensors, shards = {}, list(dict.fromkeys(at.path for at in found.values()))
+        tensors, shards = {}, sorted({at["path"] for at in found.values()})
         for i, shard in enumerate(shards):
             report(f"loading {shard.name} ({i + 1} of {len(shards)})")
-            tensors |= {key: read_tensor(at, device, dtype) for key, at in found.items() if at.path == shard}
+            tensors |= {key: read_tensor(at, device, dtype) for key, at in found.items() if at["path"] == shard}
         model.load_state_dict(tensors, assign=True)
-        return model.eval()
+        return model
 
     def prompt(self, text: str, clips=(), time_markers: bool | None = None) -> Prompt:
-        """Text and clips (what load_audio takes, paths or arrays) to the ids and log-mels that the model takes.
-
-        A text without placeholders (<|audio_bos|><|AUDIO|><|audio_eos|>) is wrapped as a user's message behind the clips; one
-        with placeholders is taken as it is, a clip for each. time_markers: None is as processor_config.json says. Raises
-        ValueError for bad sound, placeholders that don't match the clips, and more tokens than the model has positions.
-        """
+        """A text and its clips (what load_audio takes) to the model's input. A text without placeholders (<|audio_bos|>
+        <|AUDIO|><|audio_eos|>) is wrapped as a user's, behind the clips. time_markers: None is as processor_config.json
+        says. Raises ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
         config, waves = self.config, [load_audio(clip) for clip in clips]
         if not PLACEHOLDER.search(text):
-            text = WRAP.format("".join(PIECES) * len(waves) + "\n" * bool(waves), text)
-        stretches = PLACEHOLDER.split(text)
-        if len(stretches) != len(waves) + 1:
-            raise ValueError(f"the prompt has {len(stretches) - 1} audio placeholders for {len(waves)} clips")
-        if broken := [piece for stretch in stretches for piece in PIECES if piece in stretch]:
-            raise ValueError(f"the prompt has {broken[0]} outside of a whole placeholder, {''.join(PIECES)}")
-        # Each stretch is tokenized on its own: BPE must not merge across a clip.
+            text = SYSTEM + USER.format("".join(CLIP) * len(waves) + "\n" * bool(waves) + text)
+        stretches = PLACEHOLDER.split(text)  # each tokenized on its own, or BPE would merge across a clip
         tokens = [self.tokenizer.encode(stretch, add_special_tokens=False).ids for stretch in stretches]
-        if config.adapter.audio_token_id in sum(tokens, []):
-            raise ValueError(f"the prompt has the token of id {config.adapter.audio_token_id}, which stands for audio")
+        slots, sounds = len(stretches) - 1, [part for part in CLIP for stretch in stretches if part in stretch]
+        require(slots == len(waves), f"the prompt has {slots} audio placeholders; expected {len(waves)}, one a clip")
+        require(not sounds and config.adapter.audio_token_id not in sum(tokens, []),
+                f"the prompt's text has a token that stands for sound; expected whole placeholders, {''.join(CLIP)}")
         markers = config.adapter.enable_time_marker if time_markers is None else time_markers
         ids = tokens[0]
         for wave, after in zip(waves, tokens[1:]):
             ids += audio_ids(count_tokens(len(wave) // HOP, config.encoder.n_window), config.adapter, markers) + after
-        if len(ids) > (most := config.decoder.max_position_embeddings):
-            raise ValueError(f"the prompt has {len(ids)} tokens; the model has {most} positions (max_position_embeddings)")
+        most = config.decoder.max_position_embeddings
+        require(len(ids) <= most, f"the prompt has {len(ids)} tokens; expected at most {most}, the model's positions")
         return Prompt(torch.tensor(ids), [log_mel(wave) for wave in waves])
 
     def embed(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """A prompt to what enters the decoder, [1, N, D], and the DeepStack rows for its first layers, [1, N, D] each."""
+        """What enters the decoder, [1, N, D], and the DeepStack rows for its first layers, [1, N, D] each."""
         ids = prompt.ids[None].to(self.lm_head.weight.device)
-        x = self.language_model.embed_tokens(ids)
+        x, is_audio = self.language_model.embed_tokens(ids), ids == self.config.adapter.audio_token_id
         if not prompt.mels:
             return x, []
-        is_audio = ids == self.config.adapter.audio_token_id
-        features, taps = self.audio_encoder(prompt.mels)
-        mergers = zip(self.deepstack_audio_merger_list, taps)
-        deepstack = [deepstack_rows(merger(tap), is_audio) for merger, tap in mergers]
-        return splice(x, self.audio_adapter(features), is_audio), deepstack
+        output, taps = self.audio_encoder(prompt.mels)
+        deepstack = [merger(tap) for merger, tap in zip(self.deepstack_audio_merger_list, taps)]
+        return splice(x, self.audio_adapter(output), is_audio), [deepstack_rows(rows, is_audio) for rows in deepstack]
 
     def forward(self, prompt: Prompt) -> torch.Tensor:
-        """Logits of every position, float32 [N, V]."""
+        """The logits of every position, float32 [N, V]."""
         x, deepstack = self.embed(prompt)
-        positions = torch.arange(x.shape[1], device=x.device)[None]
+        positions = torch.arange(len(prompt.ids), device=x.device)[None]
         return self.lm_head(self.language_model(x, positions, deepstack=deepstack))[0].float()
 
     def generate(self, prompt: Prompt, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50, seed=None,
-                 thinking_budget=None) -> Iterator[int]:  # fmt: skip
-        """Generates token ids, the last of them a stop id unless max_new_tokens (cut to what fits) came first.
-
-        The arguments are those of sample.Sampling. Raises ValueError, here and not at the first id, for one out of range and
-        for a prompt that leaves no position free.
-        """
+                 thinking_budget=None) -> Iterator[int]:
+        """The answer's ids, one by one, up to and with the first stop id; see sample.Sampling for the arguments. Raises
+        ValueError, at the call, for one out of range or no position free. max_new_tokens is cut to those, and warns."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
-        most = self.config.decoder.max_position_embeddings
-        free = most - len(prompt.ids)
-        if free < 1:
-            raise ValueError(f"the prompt has {len(prompt.ids)} tokens; to generate, at most {most - 1} fit in {most} positions")
-        if max_new_tokens > free:
-            warnings.warn(f"max_new_tokens cut from {max_new_tokens} to {free}: the model has {most} positions", stacklevel=2)
+        used, most = len(prompt.ids), self.config.decoder.max_position_embeddings
+        require(used < most, f"the prompt has {used} tokens; to generate, expected fewer than the {most} positions")
+        if max_new_tokens > (free := most - used):
+            warnings.warn(f"max_new_tokens is cut from {max_new_tokens} to {free}: the model has {most} positions")
         return generate(self, prompt, replace(sampling, max_new_tokens=min(max_new_tokens, free)))
 
-    def ask(self, clips, text: str, time_markers=None, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50, seed=None,
-            thinking_budget=None) -> str:  # fmt: skip
-        """The answer to a question about a clip or a list of clips; see prompt and generate for the arguments."""
+    def ask(self, clips, text: str, time_markers=None, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
+            seed=None, thinking_budget=None) -> str:
+        """The answer to a text about a clip or a list of clips; see prompt and generate for the arguments."""
         prompt = self.prompt(text, clips if isinstance(clips, (list, tuple)) else [clips], time_markers)
         ids = self.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
         return self.tokenizer.decode(list(ids))
 
-
 # ---- command line ----
 
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("moss_min.py", description="Ask MOSS-Audio about sounds.", allow_abbrev=False)
-    parser.add_argument("audio", nargs="*", metavar="AUDIO", help="sound files; - is a sound on stdin; none: a question alone")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a checkpoint folder")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to ask (default: Describe this audio.)")
-    parser.add_argument("--device", default="auto", help="auto (default), cuda, mps or cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
-    parser.add_argument("--max-new-tokens", type=int, default=Sampling.max_new_tokens, metavar="N", help="default: %(default)s")
-    heat = parser.add_mutually_exclusive_group()
-    heat.add_argument("--temperature", type=float, default=Sampling.temperature, metavar="X", help="default: %(default)s")
-    heat.add_argument("--greedy", dest="temperature", action="store_const", const=0.0, help="always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=Sampling.top_p, metavar="X", help="default: %(default)s (no filter)")
-    parser.add_argument("--top-k", type=int, default=Sampling.top_k, metavar="N", help="default: %(default)s; 0: no filter")
-    parser.add_argument("--seed", type=int, metavar="N", help="for the same answer again")
-    parser.add_argument("--no-time-markers", dest="time_markers", action="store_false", default=None, help="audio ids alone")
-    parser.add_argument("--thinking-budget", type=int, metavar="N", help="end a thought after N tokens")
-    parser.add_argument("--hide-thinking", action="store_true", help="print the answer alone")
-    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors and warnings")
-    args = parser.parse_args(argv)
-    if not args.audio and args.prompt is None:
-        parser.error("nothing to do; expected a sound file or --prompt")
-    return args
-
-
-def peak_memory(device: torch.device) -> str:
-    """The largest amount of memory this process has used: on CUDA the tensors', elsewhere all of it."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return "not known"
-    kilo = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9:.2f} GB"
-
-
 def run(args: argparse.Namespace) -> None:
-    """Answers on stdout, as it is generated; tells on stderr how it goes."""
+    """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
+    require(args.audio or args.prompt, "nothing to answer; expected a sound file or --prompt")
     report = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    waves = []
-    for name in args.audio:
-        waves.append(load_audio(sys.stdin.buffer if name == "-" else name))
-        report(f"{name}: {len(waves[-1]) / SAMPLE_RATE:.2f} s")
+    waves = [load_audio(sys.stdin.buffer if name == "-" else name) for name in args.audio]
+    for name, wave in zip(args.audio, waves):
+        report(f"{name}: {len(wave) / SAMPLE_RATE:.2f} s")
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
-    text = "Describe this audio." if args.prompt is None else args.prompt
-    start = time.perf_counter()
+    text, times = args.prompt or "Describe this audio.", [time.perf_counter()]
     prompt = model.prompt(text, waves, args.time_markers)
     report(f"prompt: {len(prompt.ids)} tokens")
-    ids = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, args.thinking_budget)
-    times = []
-    pieces = stream_text(model.tokenizer, (times.append(time.perf_counter()) or i for i in ids))
+    sampling = args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, args.thinking_budget
+    ids = model.generate(prompt, *sampling)
+    pieces = stream_text(model.tokenizer, (times.append(time.perf_counter()) or token for token in ids))
     if args.hide_thinking:
         pieces = stream_answer(pieces, opened="<think>" in text.rpartition("</think>")[2])
     try:
@@ -409,26 +278,45 @@ def run(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
-    if times:
-        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0
-        first = f"first after {times[0] - start:.2f} s, then {rate:.1f} a second"
-        report(f"{len(times)} new tokens, {first}; peak memory {peak_memory(model.lm_head.weight.device)}")
-
+    tokens, first, rest = len(times) - 1, times[1] - times[0], times[-1] - times[1]
+    report(f"{tokens} new tokens: the first after {first:.2f} s, then {(tokens - 1) / max(rest, 1e-9):.1f} a second")
+    if torch.cuda.is_initialized():
+        report(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU")
+    elif sys.platform != "win32":  # which has no such module
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        report(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser("moss_min.py", allow_abbrev=False)
+    parser.error, add = lambda message: require(False, message), parser.add_argument  # its own error prints the usage
+    add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt; - is one from stdin")
+    add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+    add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
+    add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
+    add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="end the answer after N tokens (%(default)s)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="below 1 keeps to likelier tokens (%(default)s)")
+    add("--greedy", dest="temperature", action="store_const", const=0, default=1.0, help="the likeliest token always")
+    add("--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that make up X together (1.0: all)")
+    add("--top-k", type=int, default=50, metavar="N", help="the N likeliest tokens (%(default)s; 0: all)")
+    add("--seed", type=int, metavar="N", help="draw the same answer each time")
+    add("--no-time-markers", dest="time_markers", action="store_false", default=None, help="no seconds in the prompt")
+    add("--thinking-budget", type=int, metavar="N", help="end a thought after N tokens")
+    add("--hide-thinking", action="store_true", help="print the answer alone")
+    add("--quiet", action="store_true", help="print nothing on stderr but what goes wrong")
     warnings.formatwarning = lambda message, *_: f"moss_min: {message}\n"
     try:
-        run(parse(argv))
-    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        run(parser.parse_args(argv))
+    except (ValueError, torch.OutOfMemoryError) as error:
         print(f"moss_min: {' '.join(str(error).split()):.380}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the answer has heard enough; stdout is flushed once more at exit
+    except BrokenPipeError:  # the reader has enough; what is left goes nowhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
