@@ -2,7 +2,7 @@
 Shapes: T mel frames (100 a second), A audio tokens (12.5 a second), C chunks, t frames and L tokens of a chunk, D the
 encoder's width (d_model), H heads, hd head size. The file reads in the order in which sound goes through it."""
 
-import io, math, os, subprocess
+import io, math, os, shutil, subprocess, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,10 @@ SAMPLE_RATE = 16_000
 N_FFT, HOP = 400, 160  # samples in a frame (25 ms), and from frame to frame (10 ms)
 N_MELS, STRIDE = 128, 8  # bands of the log-mel; frames in a token (three convolutions of stride 2)
 
-# ---- sound to a waveform ----
-# What ffmpeg may open. Playlists (hls, concat, dash) are not among it: they make it read other files.
+# What ffmpeg may open: playlists (hls, concat, dash) are not among it, since they make it read other files.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
-FFMPEG = ("ffmpeg", "-v", "error", "-protocol_whitelist", "cache,pipe", "-format_whitelist", CONTAINERS,
-          "-i", "cache:pipe:0", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
+FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS,
+          "-i", "file:sound", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
 
 def require(good: bool, sentence: str) -> None:
     if not good:
@@ -29,14 +28,13 @@ def require(good: bool, sentence: str) -> None:
 def load_audio(source) -> torch.Tensor:
     """A path, an open binary file or a float array [samples] at 16 kHz, to float32 [samples], 16 kHz, mono.
     Raises ValueError for what is not sound, not finite, or shorter than one 10-ms hop."""
-    name = str(source) if isinstance(source, (str, os.PathLike)) else getattr(source, "name", "sound")
+    is_path = isinstance(source, (str, os.PathLike))
+    name = str(source) if is_path else getattr(source, "name", None) or "sound"
     try:
-        if isinstance(source, (str, os.PathLike)):
-            wave = decode(Path(source).read_bytes(), name)
-        else:
-            wave = decode(source.read(), name) if hasattr(source, "read") else torch.as_tensor(source).detach().cpu()
-    except OSError as error:
-        raise ValueError(f"{name}: {error.strerror or error}; expected a sound file") from error
+        data = Path(source).read_bytes() if is_path else source.read() if hasattr(source, "read") else None
+        wave = torch.as_tensor(source).detach().cpu() if data is None else decode(data, name)
+    except (OSError, TypeError, RuntimeError) as error:  # the latter two for what torch can't make an array of
+        raise ValueError(f"{name}: {getattr(error, 'strerror', error)}; expected a sound file or an array") from error
     floats = wave.ndim == 1 and wave.is_floating_point()
     require(floats, f"{name}: {wave.dtype} {list(wave.shape)}; expected floats [samples] at 16 kHz")
     wave = wave.float()
@@ -49,19 +47,19 @@ def decode(data: bytes, name: str) -> torch.Tensor:
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [samples, channels]
     except soundfile.SoundFileError as error:
-        try:
-            run = subprocess.run(FFMPEG, input=data, capture_output=True)
-        except FileNotFoundError:
-            raise ValueError(f"{name}: {error}; for other formats an ffmpeg on the PATH is needed") from None
-        said = run.stderr.decode(errors="replace").strip()[-200:]
+        require(shutil.which("ffmpeg"), f"{name}: {error}; for other formats an ffmpeg on the PATH is needed")
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "sound").write_bytes(data)  # alone there, under a name that tells ffmpeg nothing
+            run = subprocess.run(FFMPEG, cwd=folder, capture_output=True)
+        said = " ".join(run.stderr.decode(errors="replace").split())[-200:]
         require(run.returncode == 0 and run.stdout, f"{name}: soundfile and ffmpeg can't read it as a sound: {said}")
         samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)
 
 def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:
     """[samples] at `rate` Hz to 16 kHz by windowed-sinc interpolation (torchaudio.functional.resample). With o, n the
-    rates over their greatest common divisor, output n m + p is filter p, of n, around input o m + o p / n. A filter at a
-    time, and 2w + 2 taps of it: torchaudio's other o - 2 are 0, and take gigabytes at an odd rate (44,101 Hz)."""
+    rates over their greatest common divisor, output n m + p is filter p, of n, around input o m + o p / n. A filter at
+    a time, and 2w + 2 taps of it: torchaudio's other o - 2 are 0, and take gigabytes at an odd rate (44,101 Hz)."""
     if rate == SAMPLE_RATE:
         return wave
     o, n = rate // math.gcd(rate, SAMPLE_RATE), SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE)
@@ -77,7 +75,6 @@ def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:
         out[p::n] = torch.cat([block @ taps for block in windows.split(1 << 16)])
     return out
 
-# ---- waveform to log-mel ----
 def mel_filters() -> np.ndarray:
     """128 triangles of unit area over 0-8000 Hz, float64 [128, 201], on Slaney's mel scale (not HTK's): linear up to
     1000 Hz (15 mel), then logarithmic, a factor of 6.4 in 27 mel."""
@@ -112,7 +109,6 @@ def log_mel(wave: torch.Tensor) -> torch.Tensor:
     """float32 [samples] to bfloat16 [128, T], what enters the encoder: rounded so whatever the model's type."""
     return torch.from_numpy(mel_spectrum(wave.numpy())).to(torch.bfloat16)
 
-# ---- log-mel to features ----
 @dataclass(frozen=True)
 class EncoderConfig:
     """What is used of config.json's audio_config, by its names there."""
@@ -133,9 +129,8 @@ def count_tokens(frames: int, n_window: int) -> int:
     return chunks * math.ceil(2 * n_window / STRIDE) + math.ceil(rest / STRIDE)
 
 def split_chunks(mels: list[torch.Tensor], n_window: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All clips' log-mels [128, T] to chunks [C, 128, t], and the number of tokens in each, int64 [C].
-    Chunks are padded with 0 to the longest among all clips. That changes a padded chunk's last tokens, since the
-    convolutions' biases make something of the padding: it is upstream's arithmetic, and has to be kept."""
+    """All clips' log-mels [128, T] to chunks [C, 128, t], padded with 0 to the longest, and their tokens, int64 [C].
+    Padding changes a chunk's last tokens (the convolutions' biases go into it): upstream's arithmetic, to be kept."""
     chunks = [chunk for mel in mels for chunk in mel.split(2 * n_window, dim=1)]
     longest = max(chunk.shape[1] for chunk in chunks)
     padded = torch.stack([F.pad(chunk, (0, longest - chunk.shape[1])) for chunk in chunks])
@@ -182,8 +177,7 @@ class EncoderLayer(nn.Module):
 class AudioEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.config = config
-        channels, D = config.downsample_hidden_size, config.d_model
+        self.config, channels, D = config, config.downsample_hidden_size, config.d_model
         convs = (nn.Conv2d(inputs, channels, 3, stride=2, padding=1) for inputs in (1, channels, channels))
         self.conv1, self.conv2, self.conv3 = convs
         self.activation = nn.GELU()

@@ -6,7 +6,7 @@ import os, signal, sys
 if __name__ == "__main__":  # Ctrl-C is quiet during the imports, too, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import argparse, json, math, re, time, warnings
+import argparse, json, re, time, warnings
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, replace
@@ -24,8 +24,8 @@ from sample import Sampling, generate, split_thinking, stream_answer, stream_tex
 # ---- configuration ----
 MossConfig = namedtuple("MossConfig", "encoder adapter decoder stop_ids")  # three config dataclasses, and ints
 KINDS = {  # a config field's type -> whether a JSON value is of it, what was expected
-    int: (lambda v: type(v) is int and 0 < v < 2**31, "a positive whole number"),
-    float: (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number"),
+    int: (lambda v: type(v) is int and 0 < v <= 2**20, "a whole number from 1 to 2^20"),
+    float: (lambda v: type(v) in (int, float) and 0 < v < 2**31, "a number above 0"),
     bool: (lambda v: type(v) is bool, "true or false"),
     tuple[int, ...]: (lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v), "numbers from 0 up"),
     dict: (lambda v: type(v) is dict, "an object"),
@@ -48,9 +48,10 @@ def checked(value, kind: type, name: str):
 def read_json(path: Path, optional: bool = False) -> dict:
     """The object in a JSON file; an empty one for an optional file that is not there."""
     try:
-        return {} if optional and not path.exists() else checked(json.loads(path.read_bytes()), dict, path.name)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        data = {} if optional and not path.exists() else json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read ({error}); expected a checkpoint folder's JSON file") from error
+    return checked(data, dict, path.name)
 
 def read_fields(config_class: type, data: dict, where: str):
     """A config dataclass from the values under its fields' names; those that have a default may be left out."""
@@ -61,15 +62,16 @@ def read_config(folder: Path) -> MossConfig:
     """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
     config = {"model_type": None} | read_json(folder / "config.json")
     processor = {"mel_config": {}} | read_json(folder / "processor_config.json", optional=True)
-    audio, language = (checked(config.get(name), dict, name) for name in ("audio_config", "language_config"))
-    mel = checked(processor["mel_config"], dict, "mel_config")
+    audio, language, mel = (checked((config | processor).get(name), dict, name) for name in list(FIXED)[1:])
     for part, (name, fixed) in zip((config, audio, language, mel), FIXED.items()):
         for key, value in fixed.items():
             given = part.get(key, value)
             require(given == value, f"{name}.{key} is {given!r:.60}; only {value!r} is supported".lstrip("."))
-    encoder = read_fields(EncoderConfig, audio, "audio_config")
-    decoder = read_fields(Qwen3Config, language, "language_config")
-    adapter = read_fields(AdapterConfig, audio | language | config | processor, "config.json")
+    encoder = read_fields(EncoderConfig, audio, "config.json: audio_config")
+    decoder = read_fields(Qwen3Config, language, "config.json: language_config")
+    sizes = {"output_dim": encoder.output_dim, "hidden_size": decoder.hidden_size}
+    sizes["adapter_hidden_size"] = config.get("adapter_hidden_size")
+    adapter = read_fields(AdapterConfig, processor | sizes, "config.json or processor_config.json")
     taps, D, heads = encoder.deepstack_encoder_layer_indexes, encoder.d_model, encoder.encoder_attention_heads
     used = checked([config.get(name := "deepstack_num_inject_layers", len(taps))], tuple[int, ...], name)
     eos = read_json(folder / "generation_config.json", optional=True).get("eos_token_id", language.get("eos_token_id"))
@@ -78,7 +80,7 @@ def read_config(folder: Path) -> MossConfig:
     require(D > 2 and D % 2 == D % heads == 0, f"d_model is {D}; expected an even multiple of the {heads} heads")
     require(decoder.head_dim % 2 == 0, f"head_dim is {decoder.head_dim}; expected an even number")
     require(decoder.num_attention_heads % decoder.num_key_value_heads == 0, "expected key_value_heads to divide heads")
-    require(max(taps, default=0) < encoder.encoder_layers, f"taps {taps}: expected below {encoder.encoder_layers}")
+    require(max(taps, default=0) < encoder.encoder_layers, f"deepstack_encoder_layer_indexes {taps}: no such layer")
     require(max(ids) < decoder.vocab_size, f"audio and eos token ids {ids}: expected below {decoder.vocab_size}")
     return MossConfig(replace(encoder, deepstack_encoder_layer_indexes=taps[: used[0]]), adapter, decoder, stop_ids)
 
@@ -93,10 +95,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
         vocab |= {token["content"]: int(i) for i, token in added.items()}  # or they would get the next free ids
-        tokenizer = Tokenizer(models.BPE(vocab, merges))
+        tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE refuses None
         tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
     except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(f"{folder}: the tokenizer can't be read: {error!r}") from error
+        raise ValueError(f"{folder}: tokenizer.json or vocab.json, merges.txt, tokenizer_config.json: {error!r:.200}")
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     split, to_bytes = pre_tokenizers.Split(Regex(WORD), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
@@ -111,7 +113,7 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
     require(index.exists() or lone.exists(), f"{folder}: expected {lone.name} or its index (no pickles are read)")
     weight_map = checked(read_json(index).get("weight_map"), dict, "weight_map") if index.exists() else {"": lone.name}
     found = {}
-    for name in sorted(map(str, set(weight_map.values()))):
+    for name in sorted({str(file) for file in weight_map.values()}):
         require(Path(name).name == name, f"{index} names {name!r:.60}; expected a file in the same folder")
         try:
             safe_open(folder / name, "pt")  # checks the header, and that the file is whole
@@ -136,16 +138,18 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
     require(not any(problems.values()), f"{folder}: the tensors don't fit config.json: {'; '.join(listed)}")
     return found
 
-def read_tensor(entry: dict, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor from its file to device and type, in blocks: of a mapped file, the pages would count as our memory."""
-    tensor = torch.empty(entry["shape"], dtype=dtype, device=device)
-    with open(entry["path"], "rb", buffering=0) as file:
-        file.seek(entry["offset"])
-        for block in tensor.view(-1).split(1 << 22):
-            raw = torch.empty(len(block), dtype=STORED[entry["dtype"]])
-            file.readinto(raw.view(torch.uint8).numpy())
-            block.copy_(raw)
-    return tensor
+def read_shard(path: Path, entries: dict, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors of one file, to device and type, in blocks: a mapped file's pages would count as our memory."""
+    tensors, buffer = {}, torch.empty(1 << 24, dtype=torch.uint8)
+    with open(path, "rb", buffering=0) as file:
+        for key, entry in entries.items():
+            tensors[key] = torch.empty(entry["shape"], dtype=dtype, device=device)
+            raw = buffer.view(STORED[entry["dtype"]])
+            file.seek(entry["offset"])
+            for block in tensors[key].view(-1).split(len(raw)):
+                file.readinto(raw[: len(block)].view(torch.uint8).numpy())
+                block.copy_(raw[: len(block)])
+    return tensors
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is CUDA, else MPS, else the CPU."""
@@ -196,7 +200,7 @@ class MossAudio(nn.Module):
         tensors, shards = {}, sorted({at["path"] for at in found.values()})
         for i, shard in enumerate(shards):
             report(f"loading {shard.name} ({i + 1} of {len(shards)})")
-            tensors |= {key: read_tensor(at, device, dtype) for key, at in found.items() if at["path"] == shard}
+            tensors |= read_shard(shard, {key: at for key, at in found.items() if at["path"] == shard}, device, dtype)
         model.load_state_dict(tensors, assign=True)
         return model
 
@@ -205,6 +209,7 @@ class MossAudio(nn.Module):
         <|AUDIO|><|audio_eos|>) is wrapped as a user's, behind the clips. time_markers: None is as processor_config.json
         says. Raises ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
         config, waves = self.config, [load_audio(clip) for clip in clips]
+        require(not re.search("[\ud800-\udfff]", text), "the prompt has bytes that are not UTF-8; expected text")
         if not PLACEHOLDER.search(text):
             text = SYSTEM + USER.format("".join(CLIP) * len(waves) + "\n" * bool(waves) + text)
         stretches = PLACEHOLDER.split(text)  # each tokenized on its own, or BPE would merge across a clip
@@ -268,8 +273,7 @@ def run(args: argparse.Namespace) -> None:
     text, times = args.prompt or "Describe this audio.", [time.perf_counter()]
     prompt = model.prompt(text, waves, args.time_markers)
     report(f"prompt: {len(prompt.ids)} tokens")
-    sampling = args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed, args.thinking_budget
-    ids = model.generate(prompt, *sampling)
+    ids = model.generate(prompt, *(getattr(args, field.name) for field in fields(Sampling)))
     pieces = stream_text(model.tokenizer, (times.append(time.perf_counter()) or token for token in ids))
     if args.hide_thinking:
         pieces = stream_answer(pieces, opened="<think>" in text.rpartition("</think>")[2])
@@ -297,8 +301,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
     add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
     add("--max-new-tokens", type=int, default=1024, metavar="N", help="end the answer after N tokens (%(default)s)")
-    add("--temperature", type=float, default=1.0, metavar="X", help="below 1 keeps to likelier tokens (%(default)s)")
-    add("--greedy", dest="temperature", action="store_const", const=0, default=1.0, help="the likeliest token always")
+    heat = parser.add_mutually_exclusive_group().add_argument
+    heat("--temperature", type=float, default=1.0, metavar="X", help="below 1 keeps to likelier tokens (%(default)s)")
+    heat("--greedy", dest="temperature", action="store_const", const=0, default=1.0, help="the likeliest token always")
     add("--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that make up X together (1.0: all)")
     add("--top-k", type=int, default=50, metavar="N", help="the N likeliest tokens (%(default)s; 0: all)")
     add("--seed", type=int, metavar="N", help="draw the same answer each time")
@@ -320,4 +325,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="replace")  # a terminal without the answer's characters gets question marks
     sys.exit(main())

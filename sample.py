@@ -69,7 +69,7 @@ def generate(model, prompt, sampling: Sampling) -> Iterator[int]:
     at once (prefill), then token by token. Logits are of the last position only, of none where a token is forced."""
     decoder, device = model.language_model, model.lm_head.weight.device
     generator = torch.Generator(device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    generator.seed() if sampling.seed is None else generator.manual_seed(int(sampling.seed))
     tags = model.tokenizer.token_to_id("<think>"), model.tokenizer.token_to_id("</think>")
     budget, left, forced = sampling.thinking_budget, None, []
     for token in prompt.ids.tolist():
