@@ -132,7 +132,7 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
         "missing": [key for key in shapes if key not in found],
         "unexpected": sorted(found.keys() - shapes.keys()),
         "misshaped": [f"{key} {found[key]['shape']} for {shapes[key]}" for key in misshaped],
-        "not " + " or ".join(STORED): [key for key in found if found[key]["dtype"] not in STORED],
+        "not " + " or ".join(STORED): sorted(key for key in found if found[key]["dtype"] not in STORED),
     }
     listed = (f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
     require(not any(problems.values()), f"{folder}: the tensors don't fit config.json: {'; '.join(listed)}")
@@ -141,8 +141,8 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
 def read_shard(path: Path, entries: dict, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Tensors of one file, to device and type, in blocks: a mapped file's pages would count as our memory."""
     tensors, buffer = {}, torch.empty(1 << 24, dtype=torch.uint8)
-    with open(path, "rb", buffering=0) as file:
-        for key, entry in entries.items():
+    with open(path, "rb") as file:
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["offset"]):  # as they lie on the disk
             tensors[key] = torch.empty(entry["shape"], dtype=dtype, device=device)
             raw = buffer.view(STORED[entry["dtype"]])
             file.seek(entry["offset"])

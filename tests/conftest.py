@@ -58,6 +58,10 @@ def checkpoint(tmp_path) -> Path:
     return Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
 
 
+# torch 2.6 draws other numbers from the same seed than upstream's torch 2.13 (2.7 and newer: the same).
+draws_as_upstream = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 draws other numbers")
+
+
 def edit_json(path: Path, **values) -> None:
     """Sets values in a JSON file; a key "a.b" is b in the object a, and the value ... takes the key away."""
     data = json.loads(path.read_text())

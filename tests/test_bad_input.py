@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moss_min
-from conftest import GOLDEN, JFK, edit_json, golden_case, golden_model
+from conftest import GOLDEN, JFK, draws_as_upstream, edit_json, golden_case, golden_model
 from moss_min import MossAudio, load_tokenizer, main, read_config
 
 FOLDER = GOLDEN / "checkpoint"
@@ -570,6 +570,7 @@ def test_a_sampling_argument_at_the_edge_of_its_range_is_accepted(name, value):
     assert list(model.generate(model.prompt("Hello"), **{"max_new_tokens": 1, name: value}))
 
 
+@draws_as_upstream
 def test_numpy_numbers_are_numbers():
     model, case = golden_model(), golden_case("sampled")
     given = {"max_new_tokens": np.int64(32), "temperature": np.float64(0.8), "top_p": np.float64(0.9)}

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 import moss_min
-from conftest import GOLDEN, JFK, golden_case, golden_model
+from conftest import GOLDEN, JFK, draws_as_upstream, edit_json, golden_case, golden_model
 from moss_min import main
 from sample import THOUGHT_IS_OVER
 
@@ -65,6 +65,7 @@ def test_without_a_sound_the_prompt_is_a_question_of_text_alone(said):
     assert out == case.answer + "\n"
 
 
+@draws_as_upstream
 def test_sampling_options_and_seed_give_upstreams_draws_for_the_default_prompt(tmp_path, said):
     case = golden_case("sampled")  # its text is "Describe this audio."
     clip = write_clip(tmp_path / "clip.wav", case.clips[0])
@@ -79,6 +80,14 @@ def test_no_time_markers_leaves_them_out(tmp_path, said):
     assert out == case.answer + "\n"
 
 
+def test_without_an_option_time_markers_are_as_the_folder_says(tmp_path, checkpoint, said):
+    edit_json(checkpoint / "processor_config.json", enable_time_marker=False)
+    case = golden_case("no_markers")
+    clip = write_clip(tmp_path / "clip.wav", case.clips[0])
+    options = "--prompt", case.text, "--greedy", "--max-new-tokens", 24
+    assert said(clip, *options, "--model", checkpoint)[0] == case.answer + "\n"
+
+
 def test_several_sounds_are_clips_in_order_on_the_users_line(tmp_path, said):
     chirp = write_clip(tmp_path / "chirp.wav", golden_case("short").clips[0])
     whole_prompt = (
@@ -86,10 +95,11 @@ def test_several_sounds_are_clips_in_order_on_the_users_line(tmp_path, said):
         "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|><|audio_bos|><|AUDIO|><|audio_eos|>\nCompare.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    orders = [JFK, chirp], [chirp, JFK]
-    wanted, other = (golden_model().ask(clips, whole_prompt, temperature=0, max_new_tokens=8) for clips in orders)
-    out, _ = said(JFK, chirp, "--prompt", "Compare.", "--greedy", "--max-new-tokens", 8)
-    assert out == wanted + "\n" != other + "\n"
+    wanted, outs = [], []
+    for clips in [JFK, chirp], [chirp, JFK]:
+        wanted.append(golden_model().ask(clips, whole_prompt, temperature=0, max_new_tokens=8) + "\n")
+        outs.append(said(*clips, "--prompt", "Compare.", "--greedy", "--max-new-tokens", 8)[0])
+    assert outs == wanted and wanted[0] != wanted[1]
 
 
 def test_a_seed_repeats_an_answer_and_another_one_does_not(said):

@@ -22,7 +22,7 @@ TAPS = "audio_config.deepstack_encoder_layer_indexes"
 def random_checkpoint(folder: Path, dtype=torch.bfloat16, shards=1, **values) -> Path:
     """A checkpoint folder of random weights: the golden one's files, with these values in config.json.
 
-    A tensor of the same name and shape holds the same numbers in every such folder. lm_head.weight is in the last shard.
+    A tensor of the same name and shape has the same numbers in every such folder. lm_head.weight is in the last shard.
     """
     shutil.copytree(GOLDEN / "checkpoint", folder, ignore=shutil.ignore_patterns("model*"))
     edit_json(folder / "config.json", **values)

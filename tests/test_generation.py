@@ -185,7 +185,7 @@ def encode(text: str) -> list[int]:
 
 
 def dictated(prompt: str, text: str, budget: int | None, max_new_tokens: int = 1024) -> list[int]:
-    """What a model generates whose wish is to write a text: each row of logits it is asked for uses up a token of that."""
+    """What a model generates whose wish is to write a text: each row of logits it is asked for uses up a token."""
     wishes = iter([*encode(text), EOS])
 
     def dictate(head, args, logits):

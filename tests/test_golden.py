@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # as a script
 
 import qwen3  # noqa: E402
-from conftest import GOLDEN, golden_case, golden_model  # noqa: E402
+from conftest import GOLDEN, draws_as_upstream, golden_case, golden_model  # noqa: E402
 from encoder import AudioEncoder, EncoderLayer, sinusoids, split_chunks  # noqa: E402
 from qwen3 import Qwen3, RMSNorm, rope_table  # noqa: E402
 
@@ -30,8 +30,8 @@ NOT_STAGES = ("waveform", "mel", "input_ids", "generated")
 def stages_of(model, prompt) -> dict[str, torch.Tensor]:
     """What a model computes of a prompt on the way, by golden's names for the stages."""
     encoder, decoder = model.audio_encoder, model.language_model
-    inputs = {"encoder.stem": encoder.layers[0], "inputs_embeds": decoder.layers[0]}
-    inputs |= {f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers[1:])}  # so with what was injected
+    inputs = {"encoder.stem": encoder.layers[0], "inputs_embeds": decoder.layers[0]}  # stage -> the module it enters
+    inputs |= {f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers[1:])}  # injection included
     outputs = {"encoder": encoder, "adapter": model.audio_adapter, "final_norm": decoder.norm}
     outputs |= {f"encoder.layers.{i}": layer for i, layer in enumerate(encoder.layers)}
     outputs |= {f"deepstack.{k}": merger for k, merger in enumerate(model.deepstack_audio_merger_list)}
@@ -51,7 +51,8 @@ def stages_of(model, prompt) -> dict[str, torch.Tensor]:
         tokens = split_chunks(prompt.mels, encoder.config.n_window)[1]
         length = len(found["encoder.stem"]) // len(tokens)
         keep = (torch.arange(length) < tokens[:, None]).flatten()  # False where a chunk is padding
-        found |= {name: rows[keep] for name, rows in found.items() if name.startswith(("encoder.stem", "encoder.layers"))}
+        chunked = ["encoder.stem", *(f"encoder.layers.{i}" for i in range(len(encoder.layers)))]
+        found |= {name: found[name][keep] for name in chunked}
     return found | {"logits": logits}
 
 
@@ -115,7 +116,9 @@ def test_a_stage_is_within_3e_6_of_its_largest_value(name, key):
     assert_close(*stage(name, key))
 
 
-@pytest.mark.parametrize("name", FLOAT32)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=draws_as_upstream if "seed" in golden_case(name).sampling else ()) for name in FLOAT32]
+)
 def test_generation_is_upstreams_id_by_id_and_as_text(name):
     ours = run(name)
     ids = list(ours.model.generate(ours.prompt, ours.case.max_new_tokens, **ours.case.sampling))
@@ -206,7 +209,7 @@ def test_encoder_positions_restart_in_every_chunk_and_are_rounded_last(dtype, ro
 
 @torch.no_grad()
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 65_504 - 1000), (torch.bfloat16, 120_000), (torch.float32, 120_000)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float16, 65_504 - 1000), (torch.float32, 2 * 60_000)])
 def test_what_leaves_an_encoder_layer_is_kept_from_infinity_in_float16_alone(dtype, bound, sign):
     layer = EncoderLayer(golden_model().config.encoder).to(dtype)
     layer.fc2.weight.zero_()

@@ -50,7 +50,9 @@ SOUNDS = {
     "50 Hz": tone(50, 16_000),
     "440 Hz": tone(440, 16_001),
     "7999 Hz": tone(7999, 15_999),
-} | {f"noise, {samples} samples": noise(samples) for samples in (*range(160, 202), 319, 320, 399, 400, 401, 12_345, 64_000)}
+}
+LENGTHS = (*range(160, 202), 319, 320, 399, 400, 401, 12_345, 64_000)
+SOUNDS |= {f"noise, {samples} samples": noise(samples) for samples in LENGTHS}
 
 
 @pytest.mark.parametrize("name", SOUNDS)
@@ -69,7 +71,7 @@ def test_the_mel_filters_are_slaneys():
 
 
 def randomize(module: torch.nn.Module, seed: int) -> None:
-    """Weights that leave nothing near its initial value: norms around 1, the rest of a size that keeps activations near 1."""
+    """Random weights for everything: norms around 1, the rest of a size that keeps activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -81,14 +83,16 @@ def randomize(module: torch.nn.Module, seed: int) -> None:
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    """In float32, within 3e-6 of the largest value: sums of some hundred products in another order (2^-24 = 6e-8 each)."""
+    """Within 3e-6 of the largest value: float32 sums of some hundred products in another order (6e-8 each)."""
     assert ours.shape == expected.shape and ours.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
 
 
-def encoder_layers(width: int, heads: int, mlp: int, attention: str = "eager") -> tuple[EncoderLayer, WhisperEncoderLayer]:
+def encoder_layers(width: int, heads: int, mlp: int, attention="eager") -> tuple[EncoderLayer, WhisperEncoderLayer]:
+    """Our layer with random weights, and Whisper's with the same."""
     shape = {"d_model": width, "encoder_attention_heads": heads, "encoder_ffn_dim": mlp}
-    ours = EncoderLayer(replace(read_config(GOLDEN / "checkpoint").encoder, **shape, layer_norm_eps=1e-2))  # not the layers'
+    config = read_config(GOLDEN / "checkpoint").encoder
+    ours = EncoderLayer(replace(config, **shape, layer_norm_eps=1e-2))  # the final norm's: it must not get into a layer
     randomize(ours, 0)
     theirs = WhisperEncoderLayer(WhisperConfig(**shape, attn_implementation=attention)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -112,7 +116,7 @@ def test_an_encoder_layer_is_whispers(width, heads, mlp, padded):
 
 @torch.no_grad()
 def test_in_bfloat16_an_encoder_layer_is_whispers_to_the_bit():
-    ours, theirs = (layer.bfloat16() for layer in encoder_layers(72, 3, 200, "sdpa"))  # 24 ** -0.5 is no power of 2: it rounds
+    ours, theirs = (layer.bfloat16() for layer in encoder_layers(72, 3, 200, "sdpa"))  # 24 ** -0.5 rounds
     x = torch.randn(3, 50, 72, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(ours(x, None), theirs(x, None, None)[0])
 
@@ -130,10 +134,11 @@ def test_in_float16_an_encoder_layer_stops_short_of_infinity_as_whispers_does():
 
 # ---- decoder ----
 
+
 def decoder_config(hidden, mlp, layers, heads, groups, head_dim, theta=1e6, eps=1e-6, positions=512) -> Qwen3Config:
-    widths = {"vocab_size": 50, "hidden_size": hidden, "intermediate_size": mlp, "head_dim": head_dim, "rms_norm_eps": eps}
+    widths = {"vocab_size": 50, "hidden_size": hidden, "intermediate_size": mlp, "head_dim": head_dim}
     counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups}
-    return Qwen3Config(**widths, **counts, rope_theta=theta, max_position_embeddings=positions)
+    return Qwen3Config(**widths, **counts, rope_theta=theta, rms_norm_eps=eps, max_position_embeddings=positions)
 
 
 DECODERS = {
@@ -179,7 +184,8 @@ def test_a_whole_prompt_through_the_decoder_is_transformers(name):
 def test_a_prefill_and_cached_steps_are_transformers(name):
     ours, theirs = decoders(name)
     ids = random_ids(2, 40)
-    cache, oracle_cache = KVCache(ours.config, 2, 40, torch.float32, torch.device("cpu")), DynamicCache(config=theirs.config)
+    cache = KVCache(ours.config, 2, 40, torch.float32, torch.device("cpu"))
+    oracle_cache = DynamicCache(config=theirs.config)
     for start, end in [(0, 30), *((i, i + 1) for i in range(30, 40))]:
         part, positions = ids[:, start:end], torch.arange(start, end)[None]
         expected = theirs.model(part, past_key_values=oracle_cache, use_cache=True).last_hidden_state
@@ -205,7 +211,8 @@ def test_a_batch_padded_on_the_left_is_transformers(name):
     ids = random_ids(3, 20)
     real = torch.arange(20) >= torch.tensor([[0], [7], [19]])  # [B, n], False where there is padding
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    mask = torch.ones(20, 20).tril().bool() & (real[:, None, None] | torch.eye(20).bool())  # padding sees itself: no empty rows
+    visible = real[:, None, None] | torch.eye(20).bool()  # padding sees itself, or its row would be empty
+    mask = visible & torch.ones(20, 20).tril().bool()
     hidden = ours(ours.embed_tokens(ids), positions, mask=mask)
     expected = theirs.model(ids, attention_mask=real.long(), position_ids=positions).last_hidden_state
     close(hidden[real], expected[real])
@@ -263,9 +270,9 @@ TEXTS = [
     "  leading, trailing and     inner spaces   ",
     "\n\n\r\n \t\n   \r\r\n\tindented\n",
     "a\u00a0b\u2003c\u3000d\u2028e\u2029f\x85g\x1ch\u200bi\ufeffj",  # spaces and line ends of Unicode, some of no width
-    "I'm, you're, he'd, they'll, I've, it's, don't; I'M, YOU'RE, HE'D, THEY'LL, I'VE, IT'S, DON'T; 'ſ 'ﬆ; O'REILLY'Sown I'LLbe",
+    "I'm, you're, he'd, they'll, I've, it's, don't; I'M, YOU'RE, HE'D, THEY'LL, I'VE, IT'S, DON'T; 'ſ 'ﬆ; O'THE it'Me",
     "0123456789 1,234.5 3/4 10:30 ½ ² Ⅷ ٣٤٥ १२३ ๑๒๓ 〇一二 𝟘𝟙 𑁦",  # digits of other scripts
-    "Zoë, naïve café: e\u0301 a\u030a \u1e9b\u0323 \u212b \u2126 \u0344 s\u0323\u0307 s\u0307\u0323",  # in NFC and not in NFC
+    "Zoë, naïve café: e\u0301 a\u030a \u1e9b\u0323 \u212b \u2126 \u0344 s\u0323\u0307 s\u0307\u0323",  # in NFC and not
     "\u1100\u1161\u11a8 각 한국어 문장입니다.",  # letters of a syllable, and the syllable
     "ここで話しているのは誰ですか。「東京」ｶﾞﾗｽ が",
     "这段录音里有几个人？繁體中文，𠮷野家",
@@ -285,9 +292,10 @@ TEXTS = [
 ]  # fmt: skip
 
 PIECES = [
-    *"abcXYZ 019.,'!?\t\n\réßﬁ漢字ไทยกำעבארسहिन्दी٣५Ⅷ½²ſ가😀", "e\u0301", "\u1e9b\u0323", "\u1100\u1161", "\u0344", "\u212b", "\u00a0", "\u3000",
-    "\u2028", "\u200b", "\ufeff", "\x85", "\0", "\x07", "'S", "'LL", "'re", "  ", "\r\n", "👩\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈", "𝟘", "<think>",
-    "</think>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|", "|>", " the", "ing",
+    *"abcXYZ 019.,'!?\t\n\réßﬁ漢字ไทยกำעבארسहिन्दी٣५Ⅷ½²ſ가😀𝟘", "👩\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈",
+    "e\u0301", "\u1e9b\u0323", "\u1100\u1161", "\u0344", "\u212b", "\u00a0", "\u3000", "\u2028", "\u200b",
+    "\ufeff", "\x85", "\0", "\x07", "'S", "'LL", "'re", "  ", "\r\n", "<think>", "</think>", "<|im_start|>", "<|im_end|>",
+    "<|audio_bos|>", "<|", "|>", " the", "ing",
 ]  # fmt: skip
 
 
@@ -338,7 +346,7 @@ def test_random_code_points_are_tokenized_as_the_fast_tokenizer_does():
 
 
 def test_where_the_slow_tokenizer_differs_the_fast_one_is_followed():
-    """They differ over characters that their tables of Unicode don't both know: here, in the order of two marks under NFC."""
+    """They differ where one knows a newer Unicode: here, in the order of two marks under NFC."""
     text = "\u1df6\u0820"
     assert ids_of(OURS, text) == ids_of(FAST, text) != ids_of(SLOW, text)
 

@@ -27,8 +27,8 @@ from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_filters, mel_spec
 TORCHAUDIO = load_file(GOLDEN / "resampling.safetensors")
 
 
-def noise(samples: int, seed: int = 0) -> np.ndarray:
-    return (0.25 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
+def noise(samples: int) -> np.ndarray:
+    return (0.25 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
@@ -41,7 +41,7 @@ def test_resampling_gives_torchaudios_figures(rate):
 def interpolate(sound: np.ndarray, rate: int, sample: int) -> float:
     """One output sample by section 3.2 of the specification: in float64, but for t, which is float32 by that section.
 
-    A t in float64 would be 1e-3 away from it where i/o is near 1, and the result 1e-4.
+    At an odd rate a t in float64 would be up to 1e-3 away from that, and the result up to 1e-4.
     """
     divisor = math.gcd(rate, 16_000)
     o, n = rate // divisor, 16_000 // divisor
@@ -81,7 +81,7 @@ def test_the_output_length_is_a_float32_quotient_rounded_up(rate, samples, lengt
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc")
-@pytest.mark.parametrize("rate", [44_101, 48_000])  # 16,000 filters of 44,135 taps, and a single one of 41
+@pytest.mark.parametrize("rate", [44_101, 48_000])  # 16,000 filters of 44,115 taps; one filter, of 41
 def test_loading_takes_memory_that_is_a_small_multiple_of_the_sound(rate, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(3 * 60 * rate), rate, subtype="FLOAT")  # 32 MB
@@ -92,10 +92,13 @@ encoder.resample(torch.zeros(1000), 8_000)  # what torch needs for itself
 before = most()
 print(len(encoder.load_audio({str(path)!r})), most() - before)
 """
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(encoder.__file__).parent, capture_output=True, check=True)
+    command, home = [sys.executable, "-c", script], Path(encoder.__file__).parent
+    run = subprocess.run(command, cwd=home, capture_output=True, check=True)
     length, grown = map(int, run.stdout.split())
     assert length == 3 * 60 * 16_000
-    assert grown < 5 * path.stat().st_size  # file, samples, their mean, padding, output; all filters' tables: 90 times
+    # Four times: the file's bytes, its samples, their mean, the output and what pads it. All filters of 44,101 Hz at once
+    # would be 90 times; at 48,000 Hz all windows at once 13 times.
+    assert grown < 5 * path.stat().st_size
 
 
 # ---- what loads ----
@@ -257,8 +260,7 @@ def test_what_is_no_file_is_refused_by_its_name(name, reason, tmp_path):
     assert str(tmp_path / name) in sentence and reason in sentence and "expected a sound file" in sentence
 
 
-SHORT = ["0 samples", "160"], ["159 samples", "160"]
-NOT_FINITE = ["NaN", "inf", "finite"]
+EMPTY, SHORT, NOT_FINITE = ["0 samples", "160"], ["159 samples", "160"], ["NaN", "infini"]
 
 
 def spoilt(value: float) -> np.ndarray:
@@ -268,9 +270,9 @@ def spoilt(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     "name, sound, rate, words",
     [
-        ("no_samples.wav", np.zeros(0), 16_000, SHORT[0]),
-        ("short.wav", np.zeros(159), 16_000, SHORT[1]),
-        ("short_at_48_khz.wav", np.zeros(477), 48_000, SHORT[1]),  # 159 at 16 kHz
+        ("no_samples.wav", np.zeros(0), 16_000, EMPTY),
+        ("short.wav", np.zeros(159), 16_000, SHORT),
+        ("short_at_48_khz.wav", np.zeros(477), 48_000, SHORT),  # 159 at 16 kHz
         ("nan.wav", spoilt(math.nan), 16_000, NOT_FINITE),
         ("infinity.wav", spoilt(math.inf), 16_000, NOT_FINITE),
         ("resampled_infinity.wav", spoilt(-math.inf), 44_100, NOT_FINITE),
@@ -292,8 +294,8 @@ INTEGERS, TWO_DIMENSIONS, NO_DIMENSION = ["int16", "float"], ["[2, 1000]", "[sam
         (np.zeros(1000, np.int16), INTEGERS),
         (np.zeros((2, 1000), np.float32), TWO_DIMENSIONS),
         (np.float32(0), NO_DIMENSION),
-        (np.zeros(0, np.float32), SHORT[0]),
-        (np.zeros(159, np.float32), SHORT[1]),
+        (np.zeros(0, np.float32), EMPTY),
+        (np.zeros(159, np.float32), SHORT),
         (spoilt(math.nan), NOT_FINITE),
         (spoilt(math.inf), NOT_FINITE),
         (np.full(1000, 1e39), NOT_FINITE),  # finite in float64 alone
@@ -313,7 +315,8 @@ needs_ffmpeg = pytest.mark.skipif(FFMPEG is None, reason="there is no ffmpeg on 
 
 def make(path: Path, *options: str) -> Path:
     """A file that ffmpeg makes of jfk.wav (11 s)."""
-    subprocess.run([FFMPEG, "-v", "error", "-i", str(JFK), *options, f"file:{path}"], check=True, stdin=subprocess.DEVNULL)
+    command = [FFMPEG, "-nostdin", "-v", "error", "-i", str(JFK), *options, f"file:{path}"]
+    subprocess.run(command, check=True)
     return path
 
 
@@ -355,15 +358,18 @@ def test_ffmpeg_loses_nothing_of_lossless_sound(tmp_path):
 
 @needs_ffmpeg
 def test_ffmpeg_averages_channels_and_resamples(tmp_path):
-    options = ["-filter_complex", "[0:a]aresample=44100,asplit[a][b];[b]volume=0[c];[a][c]join=inputs=2:channel_layout=stereo"]
-    wave = load_audio(make(tmp_path / "half.m4a", *options, "-c:a", "alac"))
+    left_only = "aresample=44100,pan=stereo|c0=c0|c1=0*c0"
+    wave = load_audio(make(tmp_path / "left.m4a", "-af", left_only, "-c:a", "alac"))
     assert abs(len(wave) - len(load_audio(JFK))) <= 1
     expected = load_audio(JFK)[:-10] / 2
     assert float((wave[: len(expected)] - expected).norm() / expected.norm()) < 0.02  # two resamplers' ways at 8 kHz
 
 
+NAMES = ["with spaces.m4a", "http:colon.m4a", "concat:a|b.m4a", "-i.m4a", "50%d.m4a", "ünï日本.m4a"]
+
+
 @needs_ffmpeg
-@pytest.mark.parametrize("name", ["with spaces.m4a", "http:with a colon.m4a", "-i.m4a", "50%d.m4a", "ünï日本.m4a", "concat:a|b.m4a"])
+@pytest.mark.parametrize("name", NAMES)
 def test_ffmpeg_reads_a_file_whatever_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "plain.m4a", *AAC).rename(name)
@@ -398,7 +404,7 @@ PLAYLISTS = {
 
 @needs_ffmpeg
 @pytest.mark.parametrize("name", ["list.m3u8", "list.m4a"])
-@pytest.mark.parametrize("other", ["other.ts", "./other.ts", "{folder}/other.ts", "file:{folder}/other.ts"])
+@pytest.mark.parametrize("other", ["other.ts", "{folder}/other.ts", "file:{folder}/other.ts"])
 @pytest.mark.parametrize("kind", PLAYLISTS)
 def test_a_playlist_that_names_another_file_is_refused(kind, other, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -410,7 +416,7 @@ def test_a_playlist_that_names_another_file_is_refused(kind, other, name, tmp_pa
 # ---- log-mel ----
 
 
-@pytest.mark.parametrize("samples, frames", [(160, 1), (319, 1), (320, 2), (16_000, 100), (160_160, 1001), (175_999, 1099)])
+@pytest.mark.parametrize("samples, frames", [(160, 1), (319, 1), (320, 2), (16_000, 100), (175_999, 1099)])
 def test_a_log_mel_has_a_frame_for_every_whole_hop_and_is_bfloat16_made_of_float32(samples, frames):
     mel, spectrum = log_mel(torch.from_numpy(noise(samples))), mel_spectrum(noise(samples))
     assert mel.shape == spectrum.shape == (128, frames)
@@ -432,8 +438,8 @@ def test_the_log_mel_is_a_fourier_transform_written_out():
     np.testing.assert_allclose(mel_spectrum(wave.astype(np.float32)), expected, rtol=0, atol=1e-6)  # complex64, float32
 
 
-# 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel apart, below 1000 Hz (15 mel)
-# at 66.667 Hz to the mel: 23.383 Hz. The bins are 40 Hz apart.
+# 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel apart: below 1000 Hz
+# (15 mel), where a mel is 66.667 Hz, by 23.383 Hz, above it by the factor 6.4 ** (0.350741 / 27). Bins are 40 Hz apart.
 @pytest.mark.parametrize(
     "filter, bin, value",
     [
@@ -442,7 +448,7 @@ def test_the_log_mel_is_a_fourier_transform_written_out():
         (1, 1, (40 - 23.382728) / 23.382728 * 2 / 46.765456),  # rising from 23.38 to 46.77 Hz
         (2, 1, 0.0),  # from 46.77 Hz on
         (127, 200, 0.0),  # 8000 Hz, where it ends
-        (127, 198, (8000 - 7920) / 190.605 * 2 / 376.669),  # falling from 8000 / 6.4 ** (0.350741 / 27) = 7809.39 Hz to 8000 Hz
+        (127, 198, (8000 - 7920) / 190.605 * 2 / 376.669),  # falling from 7809.395 to 8000 Hz, from 7623.331 on
     ],
 )
 def test_a_mel_filter_has_the_value_that_slaneys_scale_gives(filter, bin, value):
@@ -455,7 +461,7 @@ def test_silence_is_the_logarithm_of_the_floor():
 
 def test_nothing_is_more_than_80_decibels_below_the_clips_loudest_value():
     mel = mel_spectrum(np.concatenate([noise(8000), np.zeros(8000, np.float32)]))
-    assert mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)  # 80 dB is 8 in log10, 2 after the division by 4
+    assert mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)  # 80 dB is 8 in log10, and a quarter of it 2
 
 
 def test_a_clip_40_decibels_louder_is_higher_by_1_everywhere():
