@@ -16,10 +16,9 @@ SAMPLE_RATE = 16_000
 N_FFT, HOP = 400, 160  # samples in a frame (25 ms), and from frame to frame (10 ms)
 N_MELS, STRIDE = 128, 8  # bands of the log-mel; frames in a token (three convolutions of stride 2)
 
-# What ffmpeg may open: playlists (hls, concat, dash) are not among it, since they make it read other files.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
-FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", CONTAINERS,
-          "-i", "file:sound", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")
+FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS,
+          "-i", "file:sound", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")  # no playlist: it names other files
 
 def require(good: bool, sentence: str) -> None:
     if not good:
@@ -31,16 +30,17 @@ def load_audio(source) -> torch.Tensor:
     is_path = isinstance(source, (str, os.PathLike))
     name = str(source) if is_path else getattr(source, "name", None) or "sound"
     try:
-        data = Path(source).read_bytes() if is_path else source.read() if hasattr(source, "read") else None
-        wave = torch.as_tensor(source).detach().cpu() if data is None else decode(data, name)
-    except (OSError, TypeError, RuntimeError) as error:  # the latter two for what torch can't make an array of
+        if is_path or hasattr(source, "read"):
+            wave = decode(Path(source).read_bytes() if is_path else source.read(), name)
+        else:
+            wave = torch.as_tensor(source if torch.is_tensor(source) else np.array(source)).detach().cpu()
+    except (OSError, MemoryError, TypeError, RuntimeError) as error:  # the latter two for what is no array of numbers
         raise ValueError(f"{name}: {getattr(error, 'strerror', error)}; expected a sound file or an array") from error
     floats = wave.ndim == 1 and wave.is_floating_point()
     require(floats, f"{name}: {wave.dtype} {list(wave.shape)}; expected floats [samples] at 16 kHz")
-    wave = wave.float()
     require(len(wave) >= HOP, f"{name}: {len(wave)} samples at 16 kHz; expected at least {HOP}, one hop of 10 ms")
-    require(wave.isfinite().all(), f"{name}: samples that are NaN or infinite; expected finite ones")
-    return wave
+    require(wave.float().isfinite().all(), f"{name}: samples that are NaN or infinite; expected finite ones")
+    return wave.float()
 
 def decode(data: bytes, name: str) -> torch.Tensor:
     """A sound file's bytes, by soundfile or else by ffmpeg (m4a, mp4, webm, ...), to float32 [samples] at 16 kHz."""
@@ -51,7 +51,7 @@ def decode(data: bytes, name: str) -> torch.Tensor:
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "sound").write_bytes(data)  # alone there, under a name that tells ffmpeg nothing
             run = subprocess.run(FFMPEG, cwd=folder, capture_output=True)
-        said = " ".join(run.stderr.decode(errors="replace").split())[-200:]
+        said = (run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"])[-1]
         require(run.returncode == 0 and run.stdout, f"{name}: soundfile and ffmpeg can't read it as a sound: {said}")
         samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)
     return resample(torch.from_numpy(samples.mean(axis=1)), rate)
@@ -72,17 +72,17 @@ def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:
         t = (cutoff * (torch.arange(first, first + 2 * w + 2) / o - p / n)).clamp(-6, 6)
         taps = cutoff / o * torch.sinc(t) * torch.cos(torch.pi * t / 12) ** 2
         windows = wave[first + w :].unfold(0, 2 * w + 2, o)[: len(out[p::n])]  # [m, 2w + 2], a view
-        out[p::n] = torch.cat([block @ taps for block in windows.split(1 << 16)])
+        for block, result in zip(windows.split(1 << 16), out[p::n].split(1 << 16)):  # @ copies its block
+            result[:] = block @ taps
     return out
 
 def mel_filters() -> np.ndarray:
-    """128 triangles of unit area over 0-8000 Hz, float64 [128, 201], on Slaney's mel scale (not HTK's): linear up to
-    1000 Hz (15 mel), then logarithmic, a factor of 6.4 in 27 mel."""
+    """128 triangles on Slaney's mel scale (not HTK's), linear to 1000 Hz, or 15 mel, then logarithmic: [128, 201]."""
     mels = np.linspace(0, 15 + np.log(8000 / 1000) * (27 / np.log(6.4)), N_MELS + 2)
     edges = np.where(mels < 15, 200 * mels / 3, 1000 * np.exp(np.log(6.4) / 27 * (mels - 15)))  # Hz [130]
     bins, widths = np.linspace(0, SAMPLE_RATE // 2, N_FFT // 2 + 1), np.diff(edges)[:, None]  # Hz [201], [129, 1]
     triangles = np.minimum((bins - edges[:-2, None]) / widths[:-1], (edges[2:, None] - bins) / widths[1:])
-    return np.maximum(0, triangles) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return np.maximum(0, triangles) * (2 / (edges[2:] - edges[:-2]))[:, None]  # each of area 1 (Slaney's norm)
 
 def hann_window() -> np.ndarray:
     """The periodic Hann window, float64 [400]: the symmetric one of 401 points without its last."""

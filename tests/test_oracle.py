@@ -294,8 +294,8 @@ TEXTS = [
 PIECES = [
     *"abcXYZ 019.,'!?\t\n\réßﬁ漢字ไทยกำעבארسहिन्दी٣५Ⅷ½²ſ가😀𝟘", "👩\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈",
     "e\u0301", "\u1e9b\u0323", "\u1100\u1161", "\u0344", "\u212b", "\u00a0", "\u3000", "\u2028", "\u200b",
-    "\ufeff", "\x85", "\0", "\x07", "'S", "'LL", "'re", "  ", "\r\n", "<think>", "</think>", "<|im_start|>", "<|im_end|>",
-    "<|audio_bos|>", "<|", "|>", " the", "ing",
+    "\ufeff", "\x85", "\0", "\x07", "'S", "'LL", "'re", "  ", "\r\n", "<think>", "</think>", "<|im_start|>",
+    "<|im_end|>", "<|audio_bos|>", "<|", "|>", " the", "ing",
 ]  # fmt: skip
 
 

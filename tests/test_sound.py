@@ -81,7 +81,7 @@ def test_the_output_length_is_a_float32_quotient_rounded_up(rate, samples, lengt
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc")
-@pytest.mark.parametrize("rate", [44_101, 48_000])  # 16,000 filters of 44,115 taps; one filter, of 41
+@pytest.mark.parametrize("rate", [44_101, 48_000])  # 16,000 filters of 44,135 taps; one filter, of 41
 def test_loading_takes_memory_that_is_a_small_multiple_of_the_sound(rate, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(3 * 60 * rate), rate, subtype="FLOAT")  # 32 MB
@@ -96,8 +96,8 @@ print(len(encoder.load_audio({str(path)!r})), most() - before)
     run = subprocess.run(command, cwd=home, capture_output=True, check=True)
     length, grown = map(int, run.stdout.split())
     assert length == 3 * 60 * 16_000
-    # Four times: the file's bytes, its samples, their mean, the output and what pads it. All filters of 44,101 Hz at once
-    # would be 90 times; at 48,000 Hz all windows at once 13 times.
+    # Four times: the file's bytes, its samples, their mean, the output and what pads it. All filters of 44,101 Hz at
+    # once would be 90 times; at 48,000 Hz all windows at once 13 times.
     assert grown < 5 * path.stat().st_size
 
 
