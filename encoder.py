@@ -18,7 +18,7 @@ N_MELS, STRIDE = 128, 8  # bands of the log-mel; frames in a token (three convol
 
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg,tta,w64,wav,wv"
 FFMPEG = ("ffmpeg", "-v", "error", "-nostdin", "-protocol_whitelist", "file", "-format_whitelist", CONTAINERS,
-          "-i", "file:sound", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")  # no playlist: it names other files
+          "-i", "file:sound", "-map", "0:a:0", "-c:a", "pcm_f32be", "-f", "au", "pipe:1")  # no playlists
 
 def require(good: bool, sentence: str) -> None:
     if not good:

@@ -2,7 +2,6 @@
 Shapes: T mel frames, N prompt tokens, D the decoder's width, V vocabulary."""
 
 import os, signal, sys
-
 if __name__ == "__main__":  # Ctrl-C is quiet during the imports, too, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
@@ -34,7 +33,7 @@ FIXED = {  # what would change the arithmetic: another value is refused, not ign
     "": {"model_type": "moss_audio", "tie_word_embeddings": False},
     "audio_config": {"num_mel_bins": 128, "activation_function": "gelu", "downsample_rate": 8},
     "language_config": {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
-                        "use_sliding_window": False, "tie_word_embeddings": False},
+                        "rope_parameters": None, "use_sliding_window": False, "tie_word_embeddings": False},
     "mel_config": {"mel_sr": 16_000, "mel_dim": 128, "mel_n_fft": 400, "mel_hop_length": 160,
                    "mel_dtype": "bfloat16", "use_whisper_feature_extractor": True},
 }
@@ -56,7 +55,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
 def read_fields(config_class: type, data: dict, where: str):
     """A config dataclass from the values under its fields' names; those that have a default may be left out."""
     given = [field for field in fields(config_class) if field.name in data or field.default is MISSING]
-    return config_class(**{f.name: checked(data.get(f.name), f.type, f"{where}.{f.name}") for f in given})
+    return config_class(**{f.name: checked(data.get(f.name), f.type, where + f.name) for f in given})
 
 def read_config(folder: Path) -> MossConfig:
     """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
@@ -67,14 +66,15 @@ def read_config(folder: Path) -> MossConfig:
         for key, value in fixed.items():
             given = part.get(key, value)
             require(given == value, f"{name}.{key} is {given!r:.60}; only {value!r} is supported".lstrip("."))
-    encoder = read_fields(EncoderConfig, audio, "config.json: audio_config")
-    decoder = read_fields(Qwen3Config, language, "config.json: language_config")
-    sizes = {"output_dim": encoder.output_dim, "hidden_size": decoder.hidden_size}
-    sizes["adapter_hidden_size"] = config.get("adapter_hidden_size")
-    adapter = read_fields(AdapterConfig, processor | sizes, "config.json or processor_config.json")
+    require({*language.get("layer_types", [])} <= {"full_attention"}, "layer_types: only full_attention is supported")
+    encoder = read_fields(EncoderConfig, audio, "config.json: audio_config.")
+    decoder = read_fields(Qwen3Config, language, "config.json: language_config.")
+    widths = {"adapter_hidden_size": config.get("adapter_hidden_size"), "hidden_size": decoder.hidden_size}
+    adapter = read_fields(AdapterConfig, processor | widths | {"output_dim": encoder.output_dim}, "config.json: ")
     taps, D, heads = encoder.deepstack_encoder_layer_indexes, encoder.d_model, encoder.encoder_attention_heads
-    used = checked([config.get(name := "deepstack_num_inject_layers", len(taps))], tuple[int, ...], name)
-    eos = read_json(folder / "generation_config.json", optional=True).get("eos_token_id", language.get("eos_token_id"))
+    name = "deepstack_num_inject_layers"  # in a list, since 0 is allowed
+    used = checked([config.get(name, len(taps))], tuple[int, ...], name)
+    eos = read_json(folder / "generation_config.json", optional=True).get(key := "eos_token_id", language.get(key))
     stop_ids = checked([eos] if type(eos) is int else eos, tuple[int, ...], "eos_token_id")
     ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id, *stop_ids)
     require(D > 2 and D % 2 == D % heads == 0, f"d_model is {D}; expected an even multiple of the {heads} heads")
@@ -158,8 +158,8 @@ def pick_device(name: str) -> torch.device:
     try:
         torch.ones(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} can't be used ({error}); expected auto, cuda, mps or cpu") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {name!r} can't be used ({error!s:.200}); expected auto, cuda, mps or cpu") from error
 
 # ---- prompt and model ----
 CLIP = "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"  # a clip's placeholder; the middle may be repeated
@@ -189,6 +189,7 @@ class MossAudio(nn.Module):
         folder, device = Path(folder), pick_device(device)
         require(dtype in DTYPES, f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
         config, tokenizer = read_config(folder), load_tokenizer(folder)
+        tokenizer.no_truncation(), tokenizer.no_padding()  # a tokenizer.json may have been saved with either
         largest, vocab_size = max(tokenizer.get_vocab().values(), default=0), config.decoder.vocab_size
         require(largest < vocab_size, f"{folder}: the tokenizer has id {largest}; expected below {vocab_size}")
         with torch.device("meta"):  # shapes without memory
@@ -208,7 +209,8 @@ class MossAudio(nn.Module):
         """A text and its clips (what load_audio takes) to the model's input. A text without placeholders (<|audio_bos|>
         <|AUDIO|><|audio_eos|>) is wrapped as a user's, behind the clips. time_markers: None is as processor_config.json
         says. Raises ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
-        config, waves = self.config, [load_audio(clip) for clip in clips]
+        waves = [load_audio(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])]
+        config, most = self.config, self.config.decoder.max_position_embeddings
         require(not re.search("[\ud800-\udfff]", text), "the prompt has bytes that are not UTF-8; expected text")
         if not PLACEHOLDER.search(text):
             text = SYSTEM + USER.format("".join(CLIP) * len(waves) + "\n" * bool(waves) + text)
@@ -222,7 +224,6 @@ class MossAudio(nn.Module):
         ids = tokens[0]
         for wave, after in zip(waves, tokens[1:]):
             ids += audio_ids(count_tokens(len(wave) // HOP, config.encoder.n_window), config.adapter, markers) + after
-        most = config.decoder.max_position_embeddings
         require(len(ids) <= most, f"the prompt has {len(ids)} tokens; expected at most {most}, the model's positions")
         return Prompt(torch.tensor(ids), [log_mel(wave) for wave in waves])
 
@@ -256,7 +257,7 @@ class MossAudio(nn.Module):
     def ask(self, clips, text: str, time_markers=None, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
             seed=None, thinking_budget=None) -> str:
         """The answer to a text about a clip or a list of clips; see prompt and generate for the arguments."""
-        prompt = self.prompt(text, clips if isinstance(clips, (list, tuple)) else [clips], time_markers)
+        prompt = self.prompt(text, clips, time_markers)
         ids = self.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
         return self.tokenizer.decode(list(ids))
 
@@ -264,16 +265,17 @@ class MossAudio(nn.Module):
 
 def run(args: argparse.Namespace) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
-    require(args.audio or args.prompt, "nothing to answer; expected a sound file or --prompt")
+    require(args.audio or args.prompt is not None, "nothing to answer; expected a sound file or --prompt")
     report = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
-    waves = [load_audio(sys.stdin.buffer if name == "-" else name) for name in args.audio]
+    Sampling(*(options := [getattr(args, field.name) for field in fields(Sampling)]))  # refused before all else
+    waves = [load_audio(sys.stdin and sys.stdin.buffer if name == "-" else name) for name in args.audio]
+    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
     for name, wave in zip(args.audio, waves):
         report(f"{name}: {len(wave) / SAMPLE_RATE:.2f} s")
-    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
-    text, times = args.prompt or "Describe this audio.", [time.perf_counter()]
+    text, times = "Describe this audio." if args.prompt is None else args.prompt, [time.perf_counter()]
     prompt = model.prompt(text, waves, args.time_markers)
     report(f"prompt: {len(prompt.ids)} tokens")
-    ids = model.generate(prompt, *(getattr(args, field.name) for field in fields(Sampling)))
+    ids = model.generate(prompt, *options)
     pieces = stream_text(model.tokenizer, (times.append(time.perf_counter()) or token for token in ids))
     if args.hide_thinking:
         pieces = stream_answer(pieces, opened="<think>" in text.rpartition("</think>")[2])
@@ -284,8 +286,8 @@ def run(args: argparse.Namespace) -> None:
         print(flush=True)
     tokens, first, rest = len(times) - 1, times[1] - times[0], times[-1] - times[1]
     report(f"{tokens} new tokens: the first after {first:.2f} s, then {(tokens - 1) / max(rest, 1e-9):.1f} a second")
-    if torch.cuda.is_initialized():
-        report(f"peak memory: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU")
+    if (weight := model.lm_head.weight).is_cuda:
+        report(f"peak memory: {torch.cuda.max_memory_allocated(weight.device) / 1e9:.2f} GB on the GPU")
     elif sys.platform != "win32":  # which has no such module
         import resource
         unit = 1 if sys.platform == "darwin" else 1024
@@ -314,13 +316,13 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"moss_min: {message}\n"
     try:
         run(parser.parse_args(argv))
-    except (ValueError, torch.OutOfMemoryError) as error:
-        print(f"moss_min: {' '.join(str(error).split()):.380}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader has enough; what is left goes nowhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"moss_min: {' '.join(str(error).split()):.380}", file=sys.stderr)
+        return 2
     return 0
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ class KVCache:
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores a layer's new keys and values [B, G, n, hd] and gives them with all before them, [B, G, K, hd]."""
         end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 class Attention(nn.Module):
@@ -74,12 +73,12 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, cos, sin, cache: KVCache | None, mask: torch.Tensor | None) -> torch.Tensor:
         B, n, _ = x.shape
         q, k, v = (proj(x).view(B, n, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q = apply_rope(self.q_norm(q).transpose(1, 2), cos, sin)  # [B, H, n, hd]: each head normalised, then rotated
-        k = apply_rope(self.k_norm(k).transpose(1, 2), cos, sin)  # [B, G, n, hd]
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # [B, G, K, hd]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=True)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # [B, H|G, n, hd]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # after the norms
+        k, v = (k, v) if cache is None else cache.extend(self.layer, k, v)  # [B, G, K, hd]
+        if n > 1:  # enable_gqa would hold all scores, [B, H, n, K], in CUDA's float32 and, before torch 2.9, on a CPU
+            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))  # [B, H, K, hd]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=n == 1)
         return self.o_proj(x.transpose(1, 2).reshape(B, n, -1))  # [B, H, n, hd] to [B, n, H * hd] to [B, n, D]
 
 class MLP(nn.Module):

@@ -59,9 +59,8 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 def thought_left(left: int | None, token: int, budget: int | None, tags: tuple[int, int]) -> int | None:
     """How many tokens a thought may still take once `token` has come; None outside of one. tags: <think>, </think>."""
-    if token in tags:
-        return budget if token == tags[0] else None
-    return left - 1 if left else left
+    fewer = left - 1 if left else left  # 0 and None stay
+    return {tags[0]: budget, tags[1]: None}.get(token, fewer)
 
 @torch.no_grad()
 def generate(model, prompt, sampling: Sampling) -> Iterator[int]:
@@ -77,7 +76,7 @@ def generate(model, prompt, sampling: Sampling) -> Iterator[int]:
     x, deepstack = model.embed(prompt)  # [1, N, D]
     start, end = x.shape[1], x.shape[1] + sampling.max_new_tokens
     cache = KVCache(decoder.config, 1, end - 1, x.dtype, device)  # the last token is not fed back
-    x = decoder(x, torch.arange(start, device=device)[None], cache, deepstack=deepstack)
+    x, deepstack = decoder(x, torch.arange(start, device=device)[None], cache, deepstack=deepstack), None  # frees rows
     for position in range(start, end):
         if left == 0:  # once: from here on there is no budget
             forced, budget, left = model.tokenizer.encode(THOUGHT_IS_OVER, add_special_tokens=False).ids, None, None
