@@ -61,7 +61,7 @@ def read_config(folder: Path) -> MossConfig:
     """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
     config = {"model_type": None} | read_json(folder / "config.json")
     processor = {"mel_config": {}} | read_json(folder / "processor_config.json", optional=True)
-    audio, language, mel = (checked((config | processor).get(name), dict, name) for name in list(FIXED)[1:])
+    audio, language, mel = (checked((processor | config).get(name), dict, name) for name in list(FIXED)[1:])
     for part, (name, fixed) in zip((config, audio, language, mel), FIXED.items()):
         for key, value in fixed.items():
             given = part.get(key, value)
@@ -327,5 +327,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the answer's characters gets question marks
+    sys.stdout and sys.stdout.reconfigure(errors="replace")  # a terminal without such characters gets question marks
     sys.exit(main())

@@ -115,4 +115,4 @@ def stream_answer(pieces: Iterable[str], opened: bool) -> Iterator[str]:
         text += piece
         answer = split_thinking(text)[1]
         yield answer[shown:]
-        shown = max(shown, len(answer))
+        shown = len(answer)  # back to 0 where what was shown turns out to be a thought

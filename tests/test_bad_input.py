@@ -205,9 +205,16 @@ def test_a_value_that_is_wrong_or_would_change_the_arithmetic_is_refused(name, k
     refused(checkpoint, last(key))
 
 
-def test_query_heads_that_key_heads_do_not_divide_are_refused(checkpoint, refused):
-    edit_json(checkpoint / "config.json", **{"language_config.num_attention_heads": 3})
-    refused(checkpoint, "key_value_heads")
+@pytest.mark.parametrize(
+    "sizes, pattern",
+    [
+        ({"language_config.num_attention_heads": 3}, "key_value_heads"),  # of which there are 2
+        ({"audio_config.d_model": 2, "audio_config.encoder_attention_heads": 2}, "d_model"),  # its half less 1 divides
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(sizes, pattern, checkpoint, refused):
+    edit_json(checkpoint / "config.json", **sizes)
+    refused(checkpoint, pattern)
 
 
 @pytest.mark.parametrize("key", ["audio_token_id", "audio_start_id", "audio_end_id", "eos_token_id"])

@@ -70,7 +70,9 @@ def test_sampling_options_and_seed_give_upstreams_draws_for_the_default_prompt(t
     case = golden_case("sampled")  # its text is "Describe this audio."
     clip = write_clip(tmp_path / "clip.wav", case.clips[0])
     options = "--temperature", 0.8, "--top-p", 0.9, "--top-k", 20, "--seed", 1234, "--max-new-tokens", 32
-    assert said(clip, *options)[0] == case.answer + "\n"
+    out, err = said(clip, *options)
+    assert out == case.answer + "\n"
+    assert f"{len(case.tensors['input_ids'])} tokens" in err  # a full stop more or less changes no draw here
 
 
 def test_no_time_markers_leaves_them_out(tmp_path, said):
@@ -218,6 +220,14 @@ def test_a_folder_that_is_none_ends_the_process_with_2_and_one_line(tmp_path):
     out, err = process.communicate()
     assert process.returncode == 2 and out == b""
     assert re.fullmatch(rb"moss_min: .*config\.json.*\n", err)
+
+
+def test_what_stdout_can_not_encode_becomes_question_marks():
+    case = golden_case("text_only")
+    options = "--prompt", case.text, "--greedy", "--max-new-tokens", 24, "--quiet"
+    process = start(*options, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (0, case.answer.encode("ascii", "replace") + b"\n", b"")
 
 
 def test_a_closed_pipe_ends_the_process_quietly(tmp_path):
