@@ -66,9 +66,10 @@ def read_config(folder: Path) -> MossConfig:
         for key, value in fixed.items():
             given = part.get(key, value)
             require(given == value, f"{name}.{key} is {given!r:.60}; only {value!r} is supported".lstrip("."))
-    require({*language.get("layer_types", [])} <= {"full_attention"}, "layer_types: only full_attention is supported")
     encoder = read_fields(EncoderConfig, audio, "config.json: audio_config.")
     decoder = read_fields(Qwen3Config, language, "config.json: language_config.")
+    layers = language.get("layer_types") or []
+    require(type(layers) is list and {*map(str, layers)} <= {"full_attention"}, "layer_types: not all full_attention")
     widths = {"adapter_hidden_size": config.get("adapter_hidden_size"), "hidden_size": decoder.hidden_size}
     adapter = read_fields(AdapterConfig, processor | widths | {"output_dim": encoder.output_dim}, "config.json: ")
     taps, D, heads = encoder.deepstack_encoder_layer_indexes, encoder.d_model, encoder.encoder_attention_heads
@@ -262,7 +263,6 @@ class MossAudio(nn.Module):
         return self.tokenizer.decode(list(ids))
 
 # ---- command line ----
-
 def run(args: argparse.Namespace) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
     require(args.audio or args.prompt is not None, "nothing to answer; expected a sound file or --prompt")

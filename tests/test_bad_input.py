@@ -172,6 +172,8 @@ REFUSED = {  # file -> key -> values that are wrong, or would change the arithme
         "language_config.hidden_act": ["gelu", None],
         "language_config.attention_bias": [True],
         "language_config.use_sliding_window": [True],
+        "language_config.layer_types": [["full_attention", "sliding_attention"], [["full_attention"]], "x", 5],
+        "language_config.rope_parameters": [{"rope_type": "yarn"}],
         "audio_config.activation_function": ["gelu_new", "relu", None],
         "audio_config.num_mel_bins": [80],
         TAPS: [[1, 3, 6], [-1], [1.5], ["1"], [True], [[1]], "1, 3", 3, {}, [2**40]],  # there are 6 layers
