@@ -29,7 +29,7 @@ KINDS = {  # a config field's type -> whether a JSON value is of it, what was ex
     tuple[int, ...]: (lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v), "numbers from 0 up"),
     dict: (lambda v: type(v) is dict, "an object"),
 }
-FIXED = {  # what would change the arithmetic: another value is refused, not ignored; most may be left out
+FIXED = {  # what would change the arithmetic: refused if it is another, not ignored; all but model_type may be absent
     "": {"model_type": "moss_audio", "tie_word_embeddings": False},
     "audio_config": {"num_mel_bins": 128, "activation_function": "gelu", "downsample_rate": 8},
     "language_config": {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None,
@@ -89,7 +89,7 @@ def read_config(folder: Path) -> MossConfig:
 WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Qwen's byte-level BPE from tokenizer.json, or else from vocab.json, merges.txt and tokenizer_config.json."""
+    """Qwen's byte-level BPE (a token a digit) of tokenizer.json or vocab.json, merges.txt, tokenizer_config.json."""
     try:
         if (folder / "tokenizer.json").exists():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))

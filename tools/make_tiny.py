@@ -758,6 +758,7 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
 
 def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, markers: bool, deepstack: bool) -> None:
     """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
+    require(hasattr(torch.optim, "Muon"), "training needs torch.optim.Muon, which torch has from 2.9 on")
     torch.set_num_threads(1)
     folder, path = out / "training" / "folder", out / "training" / "state.safetensors"
     write_folder(folder, markers, deepstack)
