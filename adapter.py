@@ -45,7 +45,7 @@ def audio_ids(tokens: int, config: AdapterConfig, time_markers: bool) -> list[in
 
 def splice(embeds: torch.Tensor, rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     """Embeddings [..., N, D] with the rows [A, D] in the places where is_audio [..., N] is true."""
-    return embeds.index_put((is_audio,), rows)
+    return embeds.index_put((is_audio,), rows.to(embeds))  # autocast, in training, leaves embeddings in float32
 
 def deepstack_rows(rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     """A merger's rows [A, D] laid out like the prompt, [..., N, D], with 0 for text and time markers."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import nn
 from adapter import AdapterConfig, GatedMLP, audio_ids, deepstack_rows, splice
@@ -57,15 +58,19 @@ def read_fields(config_class: type, data: dict, where: str):
     given = [field for field in fields(config_class) if field.name in data or field.default is MISSING]
     return config_class(**{f.name: checked(data.get(f.name), f.type, where + f.name) for f in given})
 
+def require_fixed(data: dict, fixed: dict, where: str) -> None:
+    """Raises ValueError if data has another value under a name than fixed has."""
+    for key, value in fixed.items():
+        given = data.get(key, value)
+        require(given == value, f"{where}{key} is {given!r:.60}; only {value!r} is supported")
+
 def read_config(folder: Path) -> MossConfig:
     """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
     config = {"model_type": None} | read_json(folder / "config.json")
     processor = {"mel_config": {}} | read_json(folder / "processor_config.json", optional=True)
     audio, language, mel = (checked((processor | config).get(name), dict, name) for name in list(FIXED)[1:])
     for part, (name, fixed) in zip((config, audio, language, mel), FIXED.items()):
-        for key, value in fixed.items():
-            given = part.get(key, value)
-            require(given == value, f"{name}.{key} is {given!r:.60}; only {value!r} is supported".lstrip("."))
+        require_fixed(part, fixed, f"config.json: {name}{'.' if name else ''}")
     encoder = read_fields(EncoderConfig, audio, "config.json: audio_config.")
     decoder = read_fields(Qwen3Config, language, "config.json: language_config.")
     layers = language.get("layer_types") or []
@@ -139,17 +144,54 @@ def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
     require(not any(problems.values()), f"{folder}: the tensors don't fit config.json: {'; '.join(listed)}")
     return found
 
-def read_shard(path: Path, entries: dict, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Tensors of one file, to device and type, in blocks: a mapped file's pages would count as our memory."""
+LORA_FIXED = {  # of adapter_config.json: with other values, it would not be W + alpha / r B A alone
+    "peft_type": "LORA", "bias": "none", "lora_bias": False, "use_dora": False, "use_rslora": False,
+    "use_qalora": False, "modules_to_save": None, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
+    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
+    "alora_invocation_tokens": None}
+NEW_BASE = "pissa", "olora", "corda", "loftq"  # ways to begin an adapter that change the weights beside it, too
+
+def read_lora(folder: Path, model: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """A LoRA adapter as peft saves it: name of a weight -> (A [r, in], B [out, r], scale), for W + scale B A. Raises
+    ValueError for what is not plain LoRA or fits no weight of the model."""
+    config, where = {"peft_type": None} | read_json(folder / "adapter_config.json"), "adapter_config.json: "
+    require_fixed(config, LORA_FIXED, where)
+    begun = config.get("init_lora_weights")
+    require(not str(begun).startswith(NEW_BASE), f"{where}init_lora_weights is {begun!r:.60}, which is not supported")
+    rank = checked(config.get("r"), int, where + "r")
+    scale = checked(config.get("lora_alpha"), float, where + "lora_alpha") / rank
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: adapter_model.safetensors: {error}; expected a whole file") from error
+    lora = {}
+    for key in sorted(tensors):
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key)
+        name = match[1] + ".weight" if match else ""
+        pair = [tensors.get(re.sub("lora_[AB]", f"lora_{part}", key), torch.empty(0)) for part in "AB"]
+        out, *into = model.state_dict().get(name, torch.empty(0)).shape
+        fits = [list(part.shape) for part in pair] == [[rank, *into], [out, rank]] and len(into) == 1
+        require(fits, f"{folder}: {key} fits no weight with rank {rank}, or its other half is missing")
+        lora[name] = pair[0].float(), pair[1].float(), scale
+    require(len(lora) > 0, f"{folder}: adapter_model.safetensors: expected pairs of lora_A and lora_B")
+    return lora
+
+def read_shard(path: Path, entries: dict, device: torch.device, dtype: torch.dtype, lora: dict) -> dict:
+    """Tensors of one file, to device and type, in blocks: a mapped file's pages would count as our memory. What LoRA
+    changes is float32 until B A is added, and is rounded once."""
     tensors, buffer = {}, torch.empty(1 << 24, dtype=torch.uint8)
     with open(path, "rb") as file:
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["offset"]):  # as they lie on the disk
-            tensors[key] = torch.empty(entry["shape"], dtype=dtype, device=device)
+            kept = torch.float32 if key in lora else dtype
+            tensors[key] = torch.empty(entry["shape"], dtype=kept, device=device)
             raw = buffer.view(STORED[entry["dtype"]])
             file.seek(entry["offset"])
             for block in tensors[key].view(-1).split(len(raw)):
                 file.readinto(raw[: len(block)].view(torch.uint8).numpy())
                 block.copy_(raw[: len(block)])
+            if key in lora:
+                A, B, scale = lora[key]
+                tensors[key] = (tensors[key] + scale * (B.to(device) @ A.to(device))).to(dtype)
     return tensors
 
 def pick_device(name: str) -> torch.device:
@@ -183,10 +225,11 @@ class MossAudio(nn.Module):
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
 
     @classmethod
-    def from_pretrained(cls, folder, device="auto", dtype="auto", report=lambda line: None):
+    def from_pretrained(cls, folder, device="auto", dtype="auto", report=lambda line: None, lora=None):
         """The model in a checkpoint folder, for inference: no parameter requires a gradient. device: "auto" is CUDA,
         else MPS, else the CPU. dtype: float32, bfloat16, float16, or "auto", float32 on the CPU and elsewhere the type
-        of the stored lm_head. report is called with a line for each shard. Raises ValueError."""
+        of the stored lm_head. report is called with a line for each shard. lora: the folder of an adapter, as peft
+        saves it, to add to the weights. Raises ValueError."""
         folder, device = Path(folder), pick_device(device)
         require(dtype in DTYPES, f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
         config, tokenizer = read_config(folder), load_tokenizer(folder)
@@ -195,48 +238,58 @@ class MossAudio(nn.Module):
         require(largest < vocab_size, f"{folder}: the tokenizer has id {largest}; expected below {vocab_size}")
         with torch.device("meta"):  # shapes without memory
             model = cls(config, tokenizer).requires_grad_(False).eval()
-        found = find_tensors(folder, model)
+        found, adapter = find_tensors(folder, model), read_lora(Path(lora), model) if lora else {}
         dtype = DTYPES[dtype] or STORED["F32" if device.type == "cpu" else found["lm_head.weight"]["dtype"]]
         if device.type == "cuda" and dtype == torch.float32:  # TF32 keeps ten bits of a factor: that is not float32
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         tensors, shards = {}, sorted({at["path"] for at in found.values()})
         for i, shard in enumerate(shards):
             report(f"loading {shard.name} ({i + 1} of {len(shards)})")
-            tensors |= read_shard(shard, {key: at for key, at in found.items() if at["path"] == shard}, device, dtype)
+            entries = {key: at for key, at in found.items() if at["path"] == shard}
+            tensors |= read_shard(shard, entries, device, dtype, adapter)
         model.load_state_dict(tensors, assign=True)
         return model
+
+    def prompt_ids(self, text: str, lengths=(), time_markers: bool | None = None) -> list[int]:
+        """A text and its clips' lengths in samples to the ids of a prompt; see prompt."""
+        config, most = self.config, self.config.decoder.max_position_embeddings
+        require(not re.search("[\ud800-\udfff]", text), "the prompt has bytes that are not UTF-8; expected text")
+        if not PLACEHOLDER.search(text):
+            text = SYSTEM + USER.format("".join(CLIP) * len(lengths) + "\n" * bool(lengths) + text)
+        stretches = PLACEHOLDER.split(text)  # each tokenized on its own, or BPE would merge across a clip
+        tokens = [self.tokenizer.encode(stretch, add_special_tokens=False).ids for stretch in stretches]
+        slots, sounds = len(stretches) - 1, [part for part in CLIP for stretch in stretches if part in stretch]
+        require(slots == len(lengths), f"the prompt has {slots} audio placeholders; expected {len(lengths)}")
+        require(not sounds and config.adapter.audio_token_id not in sum(tokens, []),
+                f"the prompt's text has a token that stands for sound; expected whole placeholders, {''.join(CLIP)}")
+        markers = config.adapter.enable_time_marker if time_markers is None else time_markers
+        ids = tokens[0]
+        for length, after in zip(lengths, tokens[1:]):
+            ids += audio_ids(count_tokens(length // HOP, config.encoder.n_window), config.adapter, markers) + after
+        require(len(ids) <= most, f"the prompt has {len(ids)} tokens; expected at most {most}, the model's positions")
+        return ids
 
     def prompt(self, text: str, clips=(), time_markers: bool | None = None) -> Prompt:
         """A text and its clips (what load_audio takes) to the model's input. A text without placeholders (<|audio_bos|>
         <|AUDIO|><|audio_eos|>) is wrapped as a user's, behind the clips. time_markers: None is as processor_config.json
         says. Raises ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
         waves = [load_audio(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])]
-        config, most = self.config, self.config.decoder.max_position_embeddings
-        require(not re.search("[\ud800-\udfff]", text), "the prompt has bytes that are not UTF-8; expected text")
-        if not PLACEHOLDER.search(text):
-            text = SYSTEM + USER.format("".join(CLIP) * len(waves) + "\n" * bool(waves) + text)
-        stretches = PLACEHOLDER.split(text)  # each tokenized on its own, or BPE would merge across a clip
-        tokens = [self.tokenizer.encode(stretch, add_special_tokens=False).ids for stretch in stretches]
-        slots, sounds = len(stretches) - 1, [part for part in CLIP for stretch in stretches if part in stretch]
-        require(slots == len(waves), f"the prompt has {slots} audio placeholders; expected {len(waves)}, one a clip")
-        require(not sounds and config.adapter.audio_token_id not in sum(tokens, []),
-                f"the prompt's text has a token that stands for sound; expected whole placeholders, {''.join(CLIP)}")
-        markers = config.adapter.enable_time_marker if time_markers is None else time_markers
-        ids = tokens[0]
-        for wave, after in zip(waves, tokens[1:]):
-            ids += audio_ids(count_tokens(len(wave) // HOP, config.encoder.n_window), config.adapter, markers) + after
-        require(len(ids) <= most, f"the prompt has {len(ids)} tokens; expected at most {most}, the model's positions")
+        ids = self.prompt_ids(text, [len(wave) for wave in waves], time_markers)
         return Prompt(torch.tensor(ids), [log_mel(wave) for wave in waves])
 
-    def embed(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """What enters the decoder, [1, N, D], and the DeepStack rows for its first layers, [1, N, D] each."""
-        ids = prompt.ids[None].to(self.lm_head.weight.device)
+    def embed_ids(self, ids: torch.Tensor, output=None, taps=()) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Ids [B, N] and the encoder's rows for their audio tokens, output and taps [A, E], to what enters the decoder,
+        [B, N, D], and the DeepStack rows for its first layers, [B, N, D] each."""
         x, is_audio = self.language_model.embed_tokens(ids), ids == self.config.adapter.audio_token_id
-        if not prompt.mels:
+        if output is None:
             return x, []
-        output, taps = self.audio_encoder(prompt.mels)
         deepstack = [merger(tap) for merger, tap in zip(self.deepstack_audio_merger_list, taps)]
         return splice(x, self.audio_adapter(output), is_audio), [deepstack_rows(rows, is_audio) for rows in deepstack]
+
+    def embed(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """embed_ids of a prompt, [1, N, D]."""
+        sound = self.audio_encoder(prompt.mels) if prompt.mels else ()
+        return self.embed_ids(prompt.ids[None].to(self.lm_head.weight.device), *sound)
 
     def forward(self, prompt: Prompt) -> torch.Tensor:
         """The logits of every position, float32 [N, V]."""
@@ -269,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
     report = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
     Sampling(*(options := [getattr(args, field.name) for field in fields(Sampling)]))  # refused before all else
     waves = [load_audio(sys.stdin and sys.stdin.buffer if name == "-" else name) for name in args.audio]
-    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
+    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report, args.lora)
     for name, wave in zip(args.audio, waves):
         report(f"{name}: {len(wave) / SAMPLE_RATE:.2f} s")
     text, times = "Describe this audio." if args.prompt is None else args.prompt, [time.perf_counter()]
@@ -299,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.error, add = lambda message: require(False, message), parser.add_argument  # its own error prints the usage
     add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt; - is one from stdin")
     add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+    add("--lora", metavar="FOLDER", help="adapter to add to its weights, as peft or tools/train.py saves it")
     add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
     add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
     add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")

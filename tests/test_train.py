@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 import moss_min
 from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
-from moss_min import MossAudio, Prompt
+from moss_min import MossAudio, Prompt, read_lora
 
 TOOL = HERE.parent / "tools" / "train.py"
 sys.path.insert(0, str(TOOL.parent))
 import train  # noqa: E402
 from train import (  # noqa: E402
-    SummedLoss, add_lora, batch_hidden, main, make_sample, random_model, read_lora, save_checkpoint, with_adapter,
+    SummedLoss, add_lora, batch_hidden, main, make_sample, random_model, save_checkpoint,
 )
 
 FOLDER, TRAINING = GOLDEN / "checkpoint", GOLDEN / "training"
@@ -143,8 +143,19 @@ def test_the_loss_and_the_gradient_of_all_170_parameters_are_upstreams():
 
 
 def test_pefts_adapter_added_to_the_weights_gives_pefts_logits():
-    model = with_adapter(FOLDER, LORA, dtype=torch.float32)
+    model = MossAudio.from_pretrained(FOLDER, "cpu", "float32", lora=LORA)
     close(logits_of(model, golden_sample()), load_file(TRAINING / "lora_logits.safetensors")["logits"])
+
+
+def test_the_command_line_adds_an_adapter(capsys):
+    argv = [str(JFK), "--model", str(FOLDER), "--device", "cpu", "--greedy", "--max-new-tokens", "8", "--quiet"]
+    answers = []
+    for lora in (None, LORA):
+        assert moss_min.main([*argv, *(["--lora", str(lora)] if lora else [])]) == 0
+        model = MossAudio.from_pretrained(FOLDER, "cpu", lora=lora)
+        answers.append(model.ask(JFK, "Describe this audio.", temperature=0, max_new_tokens=8))
+        assert capsys.readouterr().out == answers[-1] + "\n"
+    assert answers[0] != answers[1]
 
 
 def test_pefts_tensors_put_into_add_lora_give_pefts_logits():
@@ -348,7 +359,7 @@ def test_the_saved_adapter_has_pefts_names_and_keys_and_loads(lora_run, samples)
     assert config == {name: golden[name] for name in config}
     assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias", "modules_to_save"} <= config.keys()
     assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "training"}
-    loaded = with_adapter(FOLDER, out, dtype=torch.float32)
+    loaded = MossAudio.from_pretrained(FOLDER, "cpu", "float32", lora=out)
     assert not torch.allclose(logits_of(loaded, samples[3]), logits_of(golden_model(), samples[3]), atol=1e-2)
     close(logits_of(loaded, samples[3]), logits_of(model, samples[3]), 2e-5)  # W x + s B A x is not (W + s B A) x
 
@@ -367,7 +378,7 @@ def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
     assert main(["--model", str(FOLDER), "--merge", str(LORA), "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == REST | {"model.safetensors"}
     merged = MossAudio.from_pretrained(tmp_path, "cpu", "bfloat16")
-    loaded = with_adapter(FOLDER, LORA)
+    loaded = MossAudio.from_pretrained(FOLDER, "cpu", "bfloat16", lora=LORA)
     assert torch.equal(logits_of(merged, golden_sample()), logits_of(loaded, golden_sample()))
     base, adapter = golden_model().state_dict(), load_file(LORA / "adapter_model.safetensors")
     for name, weight in merged.state_dict().items():
@@ -381,7 +392,7 @@ def test_weights_that_are_stored_in_float32_are_rounded_after_the_adapter_is_add
         path.unlink()
     weights = {name: weight.detach() for name, weight in random_model(FOLDER, 0).named_parameters()}
     save_file(weights, checkpoint / "model.safetensors")
-    exact, rounded = (with_adapter(checkpoint, LORA, dtype=t) for t in (torch.float32, torch.bfloat16))
+    exact, rounded = (MossAudio.from_pretrained(checkpoint, "cpu", t, lora=LORA) for t in ("float32", "bfloat16"))
     for name, weight in rounded.named_parameters():
         assert torch.equal(weight, exact.get_parameter(name).bfloat16()), name
 
@@ -602,7 +613,7 @@ def adapter(tmp_path) -> Path:
 
 def refused_adapter(adapter: Path, *expected: str) -> None:
     with pytest.raises(ValueError) as error:
-        with_adapter(FOLDER, adapter)
+        MossAudio.from_pretrained(FOLDER, "cpu", lora=adapter)
     said = str(error.value)
     assert all(part in said for part in expected) and "\n" not in said, said
 
@@ -656,7 +667,8 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, capsys):
     path.write_bytes(path.read_bytes()[:-100])
     refused_adapter(adapter, "adapter_model.safetensors", "expected a whole file")
     assert main(["--model", str(FOLDER), "--merge", str(adapter), "--out", str(adapter / "out")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert moss_min.main([str(JFK), "--model", str(FOLDER), "--lora", str(adapter), "--quiet"]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
     path.unlink()
     refused_adapter(adapter, "adapter_model.safetensors")
     (adapter / "adapter_config.json").unlink()

@@ -20,13 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from adapter import audio_ids, deepstack_rows, splice
-from encoder import HOP, SAMPLE_RATE, count_tokens, load_audio, require
-from moss_min import MossAudio, checked, load_tokenizer, pick_device, read_config, read_json
+from encoder import HOP, SAMPLE_RATE, load_audio, require
+from moss_min import MossAudio, load_tokenizer, pick_device, read_config
 
 IGNORE = -100  # the label of a token that is not learned
 DECODER_TARGETS = (r"language_model\.layers\.\d+\.(self_attn|mlp)\."
@@ -59,15 +58,6 @@ def count_samples(path: Path) -> int:
         samples = 0
     return samples if samples > HOP else len(load_audio(path))  # which refuses what is too short
 
-def prompt_length(model: MossAudio, text: str, lengths: list[int]) -> int:
-    """How many ids a prompt has, from its sounds' lengths in samples: those of the text with clips of one token each,
-    and what these are short of."""
-    config = model.config.adapter
-    tokens = [count_tokens(length // HOP, model.config.encoder.n_window) for length in lengths]
-    ids = model.prompt(text, [torch.zeros(HOP)] * len(lengths)).ids
-    short = (len(audio_ids(n, config, config.enable_time_marker)) - len(audio_ids(1, config, True)) for n in tokens)
-    return len(ids) + sum(short)
-
 def read_data(path: Path, model: MossAudio) -> list[tuple[list[Path], str, str]]:
     """All of a data file. Raises ValueError that names by number the lines that can't be learned from: before the first
     step, not in the middle of the night."""
@@ -78,7 +68,7 @@ def read_data(path: Path, model: MossAudio) -> list[tuple[list[Path], str, str]]
         try:
             clips, prompt, answer = read_line(line, path.parent)
             lengths = [count_samples(clip) for clip in clips]
-            used = prompt_length(model, prompt, lengths) + len(learned_ids(model, answer))
+            used = len(model.prompt_ids(prompt, lengths)) + len(learned_ids(model, answer))
             require(used <= most, f"{used} tokens with its answer; expected at most {most}, the model's positions")
             lines.append((clips, prompt, answer))
         except ValueError as error:
@@ -115,12 +105,8 @@ def batch_hidden(model: MossAudio, samples: list[Sample]) -> tuple[torch.Tensor,
         output, taps = model.audio_encoder([mel for i in members for mel in samples[i].mels])
         split = (part.split([counts[i] for i in members]) for part in (output, *taps))
         rows.update(zip(members, zip(*split)))
-    x, deepstack, is_audio = model.language_model.embed_tokens(ids), [], ids == model.config.adapter.audio_token_id
-    if rows:
-        output, *taps = (torch.cat(part) for part in zip(*(rows[i] for i in sorted(rows))))
-        x = splice(x, model.audio_adapter(output).to(x.dtype), is_audio)  # autocast leaves embeddings in float32
-        mergers = zip(model.deepstack_audio_merger_list, taps)
-        deepstack = [deepstack_rows(merger(tap), is_audio) for merger, tap in mergers]
+    output, *taps = (torch.cat(part) for part in zip(*(rows[i] for i in sorted(rows)))) if rows else (None,)
+    x, deepstack = model.embed_ids(ids, output, taps)
     positions = torch.arange(ids.shape[1], device=device)[None]
     return model.language_model(x, positions, deepstack=deepstack), labels.to(device)
 
@@ -175,50 +161,6 @@ def save_adapter(model: MossAudio, out: Path, rank: int, alpha: float, targets: 
               "bias": "none", "target_modules": targets, "base_model_name_or_path": None, "fan_in_fan_out": False,
               "inference_mode": True, "modules_to_save": None, "use_dora": False, "use_rslora": False}
     write_text(json.dumps(config, indent=1), out / "adapter_config.json")
-
-LORA_FIXED = {  # of adapter_config.json: with other values, it would not be W + alpha / r B A alone
-    "peft_type": "LORA", "bias": "none", "lora_bias": False, "use_dora": False, "use_rslora": False,
-    "use_qalora": False, "modules_to_save": None, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-    "layer_replication": None, "target_parameters": None, "trainable_token_indices": None,
-    "alora_invocation_tokens": None}
-NEW_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin an adapter that change the weights beside it, too
-
-def read_lora(folder: Path, model: MossAudio) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A LoRA adapter as peft saves it: name of a weight -> (A [r, in], B [out, r], scale), for W + scale B A. Raises
-    ValueError for what is not plain LoRA or fits no weight of the model."""
-    config = {"peft_type": None} | read_json(folder / "adapter_config.json")
-    for key, value in LORA_FIXED.items():
-        given = config.get(key, value)
-        require(given == value, f"adapter_config.json: {key} is {given!r:.60}; only {value!r} is supported")
-    begun = config.get("init_lora_weights")
-    plain = not str(begun).startswith(NEW_BASE)
-    require(plain, f"adapter_config.json: init_lora_weights is {begun!r:.60}, which is not supported")
-    rank = checked(config.get("r"), int, "adapter_config.json: r")
-    alpha = checked(config.get("lora_alpha"), float, "adapter_config.json: lora_alpha")
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: adapter_model.safetensors: {error}; expected a whole file") from error
-    weights, lora = model.state_dict(), {}
-    for key in sorted(tensors):
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key)
-        name = match[1] if match else ""
-        A, B = (tensors.get(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
-        shapes = [None if part is None else list(part.shape) for part in (A, B)]
-        shape = weights.get(f"{name}.weight", torch.empty(0)).shape  # [out, in]
-        fitting = [[rank, shape[1]], [shape[0], rank]] if len(shape) == 2 else None
-        require(shapes == fitting, f"{folder}: {key}: {shapes} fit no weight with rank {rank}")
-        lora[f"{name}.weight"] = A.float(), B.float(), alpha / rank
-    require(len(lora) > 0, f"{folder}: adapter_model.safetensors: expected pairs of lora_A and lora_B")
-    return lora
-
-def with_adapter(folder: Path, adapter: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> MossAudio:
-    """A checkpoint with a LoRA adapter in its weights: B A is added in float32, then each is rounded once."""
-    model = MossAudio.from_pretrained(folder, device, "float32")
-    for name, (A, B, scale) in read_lora(Path(adapter), model).items():
-        weight = model.get_parameter(name)
-        weight += scale * (B.to(weight.device) @ A.to(weight.device))
-    return model.to(dtype)
 
 # ---- files ----
 def write_text(text: str, path: Path) -> None:
@@ -365,7 +307,7 @@ def train(model: MossAudio, lines: list, args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     out, source = Path(args.out), Path(args.model or args.init)
     if args.merge:
-        save_checkpoint(with_adapter(source, args.merge), out, source)
+        save_checkpoint(MossAudio.from_pretrained(source, "cpu", "bfloat16", lora=args.merge), out, source)
         return
     require(args.data, "expected --data or --merge")
     world = int(os.environ.get("WORLD_SIZE", 1))
