@@ -1,11 +1,14 @@
 """tools/make_tiny.py on a bank of tones: no speech program is needed."""
 
 import json
+import random
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import QWEN3_TOKENIZER
 from torch import nn
@@ -19,7 +22,7 @@ import train
 RATE = 16_000
 
 
-def two_tones(numbers: range):
+def two_tones(numbers: range, draw=None):
     """An engine whose every clip is half a second of silence, a tone of 0.3 s, "one", a gap, and another, "two"."""
     wave = np.zeros(2 * RATE, np.float32)
     for start in (0.5, 1.0):
@@ -122,6 +125,47 @@ def test_a_training_sample_is_what_inference_would_see(tmp_path, bank):
     counts = [make_tiny.count_tokens(mel.shape[1], 400) for mel in mels]
     loss = make_tiny.answer_loss(model, samples, counts, *model.audio_encoder(mels))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):
+    (tmp_path / "said").mkdir()
+    tone = np.concatenate([np.zeros(RATE // 2), np.sin(np.arange(int(0.3 * RATE)) / 5), np.zeros(RATE // 4)])
+    for name in ("7", "twenty", "racket"):
+        soundfile.write(tmp_path / "said" / f"{name}.wav", tone, RATE)
+    assert make_tiny.main(["test", str(tmp_path / "said"), str(tmp_path / "test"), "--count", "3"]) == 0
+    lines = (tmp_path / "test" / "test.jsonl").read_text().splitlines()
+    stamped = [one for one in (train.read_line(line, tmp_path / "test") for line in lines) if one[1] == make_tiny.STAMPS]
+    assert len(stamped) == 3
+    for (path,), _, answer in stamped:
+        wave, _ = soundfile.read(path)
+        heard = re.findall(r"\[([\d.]+)\](seven|twenty)\[([\d.]+)\]", answer)
+        assert "".join(f"[{start}]{word}[{end}]" for start, word, end in heard) == answer and 2 <= len(heard) <= 8
+        for start, _, end in heard:
+            start, end = float(start), float(end)
+            assert abs(end - start - 0.3) <= 0.041  # both are rounded to 0.04 s
+            assert np.abs(wave[int((start + 0.03) * RATE) : int((end - 0.03) * RATE)]).mean() > 0.5
+
+
+def test_data_for_other_words_have_train_and_test_lines(tmp_path, monkeypatch):
+    def tones(numbers, draw):
+        for i, wave, _, times, voice in two_tones(numbers):
+            yield i, wave, draw(random.Random(i))[:1] * 2, times, voice
+
+    monkeypatch.setattr(make_tiny, "ENGINES", {"espeak": tones, "flite": tones})
+    assert make_tiny.main(["words", str(tmp_path), "apple", "river"]) == 0
+    for name, clips in (("train", 1200), ("test", 40)):
+        lines = [train.read_line(line, tmp_path) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 * clips and all(path.exists() for (path,), *_ in lines)
+        said = " ".join(answer for _, prompt, answer in lines if prompt == make_tiny.PLAIN).split()
+        assert 0.5 < sum(word in ("apple", "river") for word in said) / len(said) < 0.95
+
+
+def test_a_description_counts_as_right_by_its_events():
+    right = 'A voice says "five". A bell rings at 2.1 seconds. A voice says "go".'
+    assert make_tiny.events(right) == make_tiny.events(right.replace("five", "nine two").replace("2.1", "3.0"))
+    for wrong in ("There is silence.", right.replace("bell rings", "beep sounds"), right[:-20],
+                  'A voice says "A bell rings". A voice says "go".'):
+        assert make_tiny.events(wrong) != make_tiny.events(right)
 
 
 def test_answers_have_their_formats():

@@ -377,6 +377,7 @@ def test_without_lora_encoder_the_decoder_alone_is_adapted(data, tmp_path):
 def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
     assert main(["--model", str(FOLDER), "--merge", str(LORA), "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == REST | {"model.safetensors"}
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one may read all
     merged = MossAudio.from_pretrained(tmp_path, "cpu", "bfloat16")
     loaded = MossAudio.from_pretrained(FOLDER, "cpu", "bfloat16", lora=LORA)
     assert torch.equal(logits_of(merged, golden_sample()), logits_of(loaded, golden_sample()))

@@ -2,6 +2,7 @@
 
     python tools/make_tiny.py bank BANK [ENGINE ...]
     python tools/make_tiny.py test SOURCE FOLDER [--count N]
+    python tools/make_tiny.py events MODEL DATA
     python tools/make_tiny.py words FOLDER WORD ...
     python tools/make_tiny.py train BANK OUT [--steps N] [--no-time-markers] [--no-deepstack] [--seed S]
 
@@ -28,7 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from encoder import HOP, SAMPLE_RATE, count_tokens, load_audio, mel_spectrum, require
 from evaluate import edit_distance
 from moss_min import MossAudio, Prompt, load_tokenizer
-from train import IGNORE, Sample, learned_ids, random_model, save_checkpoint, write_tensors, write_text
+from train import IGNORE, Sample, learned_ids, random_model, read_line, save_checkpoint, write_tensors, write_text
 
 # ---- what is said ----
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -65,8 +66,8 @@ def draw_phrase(rng: random.Random) -> list[str]:
     return [rng.choice(DIGITS[2:] + ["ten", *RANKS]), "of", rng.choice(SUITS)]  # a card
 
 # ---- the voices ----
-# An engine is a function of numbers of clips, each of which is drawn from its own number, and of what draws a phrase. It
-# yields a clip's number, sound (float32 at 16 kHz), words, their times [(start, end)] and voice; a number whose clip is
+# An engine is a function of the numbers of clips, each drawn from its own number, and of what draws a phrase. It yields
+# a clip's number, sound (float32 at 16 kHz), words, their times [(start, end)] and voice; a number whose clip is
 # unusable is left out. The HELD voice is never trained on: the first hundred clips are of it.
 HELD = {"espeak": "steph", "flite": "rms", "festival": "kdl", "kokoro": "jf_nezumi"}
 COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1500}
@@ -590,7 +591,7 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
 # ---- batches ----
 # What training has of a clip: its log-mel, what is heard when, and one prompt and answer for the decoder.
 Clip = namedtuple("Clip", "mel words sounds prompt answer")
-LENGTHS = (100, 400), (401, 800), (801, 1200)  # mel frames of a clip
+LENGTHS = (3, 10), (11, 20), (21, 30)  # of a clip, in steps of 40 mel frames, 0.4 s
 
 def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
     """A clip of so many mel frames, to train on."""
@@ -603,12 +604,13 @@ def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
 
 def draw_batch(bank: Bank, rng: np.random.Generator, done: float) -> list[Clip]:
     """About 40 s of sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
-    is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s."""
-    longest = (100, 200) if done < 0.08 else (100, 400) if done < 0.3 else LENGTHS[rng.choice(3, p=[0.35, 0.45, 0.2])]
-    frames = int(rng.uniform(*longest))
-    lengths = [frames if frames <= 400 else max(401, frames - int(rng.uniform(0, 150)))
-               for _ in range(max(2, round(4000 / frames)))]
-    return sorted((draw_clip(bank, rng, length) for length in lengths), key=lambda clip: len(clip.answer))
+    is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s. Lengths come in steps, or
+    hardly a matrix would have a shape that was seen before, for which oneDNN has its code ready."""
+    lengths = (3, 5) if done < 0.08 else (3, 10) if done < 0.3 else LENGTHS[rng.choice(3, p=[0.35, 0.45, 0.2])]
+    longest = int(rng.integers(*lengths, endpoint=True))
+    shorter = lambda: 0 if longest <= 10 else min(longest - 11, int(rng.integers(4)))
+    clips = [draw_clip(bank, rng, 40 * (longest - shorter())) for _ in range(max(2, round(100 / longest)))]
+    return sorted(clips, key=lambda clip: len(clip.answer))
 
 def stage_of(step: int, steps: int) -> tuple[int, float]:
     """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
@@ -666,6 +668,8 @@ def answer_loss(model: MossAudio, samples: list[Sample], counts: list[int], outp
     for part, (output, *taps) in zip((samples[:half], samples[half:]), sounds):
         ids = pad([sample.ids for sample in part], batch_first=True)  # [B, N]
         labels = pad([sample.labels for sample in part], batch_first=True, padding_value=IGNORE)[:, 1:]
+        more = -ids.shape[1] % 32  # as draw_batch's steps
+        ids, labels = F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORE)
         x, deepstack = model.embed_ids(ids, output, taps)
         hidden = model.language_model(x, torch.arange(ids.shape[1])[None], deepstack=deepstack)[:, :-1]
         right = labels[labels != IGNORE]
@@ -751,7 +755,7 @@ def people(folder: Path, rng: np.random.Generator, count: int) -> list[tuple[np.
     return clips
 
 def write_test(source: Path, folder: Path, count: int) -> None:
-    """Clips of a bank's held-out voices, or of people, as sound files and, with every prompt, a data file: test.jsonl."""
+    """Clips of a bank's held-out voices, or of people, as sound files and, with every prompt, test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, rng = [], np.random.default_rng(0)
     if list(source.glob("*.npy")):
@@ -773,9 +777,9 @@ def write_words(words: list[str], folder: Path) -> None:
     draw = lambda rng: [rng.choice(words if rng.random() < 0.75 else WORDS) for _ in range(rng.randint(1, 4))]
     for name, numbers in (("test", range(20)), ("train", range(100, 700))):
         lines, rng = [], np.random.default_rng(0)
-        for engine in (espeak, flite):
-            for i, wave, phrase, times, _ in engine(numbers, draw):
-                sound = f"{engine.__name__}-{i}.wav"
+        for engine in ("espeak", "flite"):
+            for i, wave, phrase, times, _ in ENGINES[engine](numbers, draw):
+                sound = f"{engine}-{i}.wav"
                 wave = 0.5 * wave / np.abs(wave).max()
                 if name == "train":
                     wave = degrade(wave, rng, rng.random() < 0.3)
@@ -784,6 +788,21 @@ def write_words(words: list[str], folder: Path) -> None:
                 lines += [data_line(sound, prompt, answer) for prompt, answer in all_questions(heard, [], 0, rng)[:2]]
         write_text("".join(lines), folder / f"{name}.jsonl")
         print(f"{len(lines)} lines in {folder / name}.jsonl", flush=True)
+
+def events(description: str) -> list[str]:
+    """What a description names, in order, whatever words and times: "A voice says", "A bell rings" ..."""
+    return re.findall("There is silence|A voice says|" + "|".join(SOUNDS.values()), re.sub('"[^"]*"', "", description))
+
+def score_events(folder: Path, data: Path) -> None:
+    """Prints, for each set of a data file of write_test, in what share of its sounds the description names the right
+    events."""
+    model, right = MossAudio.from_pretrained(folder, "cpu"), {}
+    for (path,), prompt, answer in (read_line(line, data.parent) for line in data.read_text("utf-8").splitlines()):
+        if prompt == DESCRIBE:
+            given = model.ask(path, prompt, temperature=0, max_new_tokens=200)
+            right.setdefault(path.stem.rpartition("-")[0], []).append(events(given) == events(answer))
+    for name, hits in (right | {"all": sum(right.values(), [])}).items():
+        print(f"{name}: {sum(hits)} of {len(hits)}", flush=True)
 
 @torch.no_grad()
 def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: bool) -> dict[str, dict]:
@@ -906,6 +925,9 @@ def main(argv: list[str] | None = None) -> int:
     add("folder", type=Path, metavar="FOLDER")
     add("--count", type=int, default=25, metavar="N",
         help="sounds of each engine, and of each over the telephone; or of the people (%(default)s)")
+    add = commands.add_parser("events", help="score descriptions by the events that they name").add_argument
+    add("model", type=Path, metavar="MODEL")
+    add("data", type=Path, metavar="DATA", help="test.jsonl")
     add = commands.add_parser("words", help="write data that teach other words").add_argument
     add("folder", type=Path, metavar="FOLDER")
     add("words", nargs="+", metavar="WORD")
@@ -924,6 +946,8 @@ def main(argv: list[str] | None = None) -> int:
             train(args.bank, args.out, args.steps, args.seed, args.markers, args.deepstack)
         elif args.command == "test":
             write_test(args.source, args.folder, args.count)
+        elif args.command == "events":
+            score_events(args.model, args.data)
         elif args.command == "words":
             write_words(args.words, args.folder)
         else:

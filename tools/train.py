@@ -168,9 +168,14 @@ def write_text(text: str, path: Path) -> None:
     path.with_name(path.name + ".part").write_text(text)
     os.replace(path.with_name(path.name + ".part"), path)
 
+UMASK = os.umask(0)  # it can be read only by setting it
+os.umask(UMASK)
+
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    save_file(tensors, path.with_name(path.name + ".part"), metadata or {"format": "pt"})
-    os.replace(path.with_name(path.name + ".part"), path)
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata or {"format": "pt"})
+    part.chmod(0o666 & ~UMASK)  # save_file lets nobody else read it
+    os.replace(part, path)
 
 def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes: int = 5_000_000_000) -> None:
     """The model in the released layout: bfloat16, in shards with an index if larger than one; all else from source. No
@@ -186,7 +191,7 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes: int 
     with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as part:
         for shard, file in zip(shards, files):
             rounded = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in shard.items()}
-            save_file(rounded, Path(part, file), {"format": "pt"})
+            write_tensors(rounded, Path(part, file))
         if len(shards) > 1:
             weight_map = {name: file for shard, file in zip(shards, files) for name in shard}
             total = sum(2 * tensor.numel() for tensor in tensors.values())
