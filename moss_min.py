@@ -316,10 +316,15 @@ class MossAudio(nn.Module):
         return self.tokenizer.decode(list(ids))
 
 # ---- command line ----
+TINY = Path(__file__).resolve().parent / "tiny"  # the small checkpoint
+SAMPLE = TINY / "bell.wav"
+
 def run(args: argparse.Namespace) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
-    require(args.audio or args.prompt is not None, "nothing to answer; expected a sound file or --prompt")
     report = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    if not args.audio and args.prompt is None:
+        args.audio = [str(SAMPLE)]
+        report(f"no AUDIO and no --prompt: this is {SAMPLE}")
     Sampling(*(options := [getattr(args, field.name) for field in fields(Sampling)]))  # refused before all else
     waves = [load_audio(sys.stdin and sys.stdin.buffer if name == "-" else name) for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report, args.lora)
@@ -351,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("moss_min.py", allow_abbrev=False)
     parser.error, add = lambda message: require(False, message), parser.add_argument  # its own error prints the usage
     add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt; - is one from stdin")
-    add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (the small one in tiny/)")
     add("--lora", metavar="FOLDER", help="adapter to add to its weights, as peft or tools/train.py saves it")
     add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
     add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")

@@ -183,7 +183,6 @@ def test_quiet_says_nothing_beside_the_answer(said):
         (["--prompt", "Hi", "--seed", "1e3"], "1e3"),
         (["--prompt", "Hi", "--thinking-budget"], "--thinking-budget"),
         (["--prompt"], "--prompt"),
-        (["--quiet"], "--prompt"),
         (["--prompt", "Hi", "--model"], "--model"),
     ],
 )
@@ -192,12 +191,6 @@ def test_a_wrong_option_is_refused_in_one_line(argv, word, capfd):
     out, err = capfd.readouterr()
     assert out == "" and re.fullmatch(r"moss_min: .{1,380}\n", err)
     assert word in err and "usage" not in err
-
-
-def test_no_option_at_all_is_refused_in_one_line(capfd):
-    assert main([]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and re.fullmatch(r"moss_min: .*--model.*\n", err) and "usage" not in err
 
 
 # ---- as a process ----

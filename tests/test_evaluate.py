@@ -372,8 +372,7 @@ def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, co
 
 
 def test_arguments_that_make_no_sense_are_refused(data, answers, complaint):
-    assert "either --model or --answers" in complaint("--data", data)
-    assert "either --model or --answers" in complaint("--data", data, "--answers", answers, *MODEL)
+    assert "not both" in complaint("--data", data, "--answers", answers, *MODEL)
     assert "max_new_tokens is 0" in complaint("--data", data, *MODEL, "--max-new-tokens", 0)
     assert "--data" in complaint("--answers", answers)
 

@@ -133,8 +133,9 @@ def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):
     for name in ("7", "twenty", "racket"):
         soundfile.write(tmp_path / "said" / f"{name}.wav", tone, RATE)
     assert make_tiny.main(["test", str(tmp_path / "said"), str(tmp_path / "test"), "--count", "3"]) == 0
-    lines = (tmp_path / "test" / "test.jsonl").read_text().splitlines()
-    stamped = [one for one in (train.read_line(line, tmp_path / "test") for line in lines) if one[1] == make_tiny.STAMPS]
+    lines = (tmp_path / "test" / "said.jsonl").read_text().splitlines()
+    read = [train.read_line(line, tmp_path / "test") for line in lines]
+    stamped = [one for one in read if one[1] == make_tiny.STAMPS]
     assert len(stamped) == 3
     for (path,), _, answer in stamped:
         wave, _ = soundfile.read(path)
@@ -195,13 +196,13 @@ def test_a_frame_is_classed_by_word_and_third():
 def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, monkeypatch, capsys, options, mergers):
     monkeypatch.setattr(make_tiny, "test", lambda *_: {})
     out = tmp_path / "out"
-    assert make_tiny.main(["train", str(bank), str(out), "--steps", "5", *options]) == 0
+    assert make_tiny.main(["train", str(bank), str(out), "--alone", "2", "--steps", "5", *options]) == 0
     model = MossAudio.from_pretrained(out, device="cpu")
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert len(model.deepstack_audio_merger_list) == mergers
     assert model.config.adapter.enable_time_marker == (not options)
     for folder in (out, tmp_path / "anew"):
-        assert make_tiny.main(["train", str(bank), str(folder), "--steps", "7", *options]) == 0
+        assert make_tiny.main(["train", str(bank), str(folder), "--alone", "2", "--steps", "7", *options]) == 0
     steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 5, 7]  # at the end of the encoder alone, and at the ends
     went_on, anew = (MossAudio.from_pretrained(folder, device="cpu") for folder in (out, tmp_path / "anew"))

