@@ -623,3 +623,18 @@ def test_mel_is_held_to_float32_in_every_type_but_for_a_rounding_that_comes_late
     assert compared(stages | {"mel.0": ported("mel-symmetric-window")["mel.0"]})["first"] == "mel.0"
     half = ported(dtype=torch.float16)
     assert compared(half | {"mel.0": ported("mel-float32")["mel.0"]})["first"] == "mel.0"
+
+
+# ---- the checkpoint that ships ----
+
+
+@pytest.mark.parametrize("wrong", [None, "full-clip-attention", "taps-reversed", "no-time-markers", "rope-theta-10000"])
+def test_on_the_shipped_checkpoint_a_mistake_is_found_too(wrong):
+    made = FOLDER / "tiny.safetensors"
+    assert run("dump", HERE.parent / "tiny" / "cards.wav", "-o", made).status == 0
+    stages, config = load_file(made), golden_model("../../tiny").config.adapter
+    ids = stages["input_ids"].tolist()
+    around = ids[: ids.index(config.audio_start_id)], ids[ids.index(config.audio_end_id) + 1 :]
+    theirs = port.run(HERE.parent / "tiny", stages["waveform.0"], *around, [wrong] if wrong else [])
+    got = run("diagnose", made, saved(theirs), "--model", HERE.parent / "tiny", "--json")
+    assert (got.err, got.answer["equal"], got.answer["mistakes"]) == ("", wrong is None, [wrong] if wrong else [])
