@@ -31,7 +31,7 @@ def load_audio(source) -> torch.Tensor:
     name = str(source) if is_path else getattr(source, "name", None) or "sound"
     try:
         if is_path or hasattr(source, "read"):
-            wave = decode(Path(source).read_bytes() if is_path else source.read(), name)
+            wave = resample(*decode(Path(source).read_bytes() if is_path else source.read(), name))
         else:
             wave = torch.as_tensor(source if torch.is_tensor(source) else np.array(source)).detach().cpu()
     except (OSError, MemoryError, TypeError, RuntimeError) as error:  # the latter two for what is no array of numbers
@@ -42,8 +42,8 @@ def load_audio(source) -> torch.Tensor:
     require(wave.float().isfinite().all(), f"{name}: samples that are NaN or infinite; expected finite ones")
     return wave.float()
 
-def decode(data: bytes, name: str) -> torch.Tensor:
-    """A sound file's bytes, by soundfile or else by ffmpeg (m4a, mp4, webm, ...), to float32 [samples] at 16 kHz."""
+def decode(data: bytes, name: str) -> tuple[torch.Tensor, int]:
+    """A sound file's bytes, by soundfile or else by ffmpeg (m4a, mp4, webm, ...), to float32 [samples], and Hz."""
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [samples, channels]
     except soundfile.SoundFileError as error:
@@ -54,7 +54,7 @@ def decode(data: bytes, name: str) -> torch.Tensor:
         said = (run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"])[-1]
         require(run.returncode == 0 and run.stdout, f"{name}: soundfile and ffmpeg can't read it as a sound: {said}")
         samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)
-    return resample(torch.from_numpy(samples.mean(axis=1)), rate)
+    return torch.from_numpy(samples.mean(axis=1)), rate  # and bytes and channels are freed before it is resampled
 
 def resample(wave: torch.Tensor, rate: int) -> torch.Tensor:
     """[samples] at `rate` Hz to 16 kHz by windowed-sinc interpolation (torchaudio.functional.resample). With o, n the
@@ -103,7 +103,10 @@ def mel_spectrum(wave: np.ndarray) -> np.ndarray:
         spectrum = np.fft.rfft(frames[:-1][i : i + 1000] * window).astype(np.complex64)  # [1000, 201]
         power = filters @ (np.abs(spectrum, dtype=np.float64) ** 2).T  # [128, 1000]
         mel[:, i : i + 1000] = np.log10(np.maximum(power, 1e-10))
-    return (np.maximum(mel, mel.max() - 8) + 4) / 4  # the floor is 80 dB below this clip's own maximum
+    np.maximum(mel, mel.max() - 8, out=mel)  # the floor is 80 dB below this clip's own maximum
+    mel += 4  # in place: an hour's log-mel is 184 MB
+    mel /= 4
+    return mel
 
 def log_mel(wave: torch.Tensor) -> torch.Tensor:
     """float32 [samples] to bfloat16 [128, T], what enters the encoder: rounded so whatever the model's type."""
@@ -121,7 +124,7 @@ class EncoderConfig:
     layer_norm_eps: float  # of the final norm alone
     deepstack_encoder_layer_indexes: tuple[int, ...]  # layers whose output is a tap, in the order of their mergers
     n_window: int = 200  # half a chunk, in mel frames
-    conv_chunksize: int = 64  # chunks encoded at a time
+    conv_chunksize: int = 64  # chunks encoded at a time, at most
 
 def count_tokens(frames: int, n_window: int) -> int:
     """The audio tokens of a clip of `frames` mel frames; each of its chunks is rounded up."""
@@ -178,6 +181,7 @@ class AudioEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config, channels, D = config, config.downsample_hidden_size, config.d_model
+        self.batch = min(config.conv_chunksize, 8)  # chunks at a time: 64 are no faster, and take 3.6 GB in float32
         convs = (nn.Conv2d(inputs, channels, 3, stride=2, padding=1) for inputs in (1, channels, channels))
         self.conv1, self.conv2, self.conv3 = convs
         self.activation = nn.GELU()
@@ -197,13 +201,13 @@ class AudioEncoder(nn.Module):
     def tap(self, x: torch.Tensor) -> torch.Tensor:
         return self.out_proj(x)  # a layer's output as it is, without the norm: [..., D] to [..., output_dim]
 
-    def forward(self, mels: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward(self, mels: list[torch.Tensor], report=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The log-mels [128, T] of a prompt's clips to the output [A, output_dim] and the taps, [A, output_dim] each. A
-        is all clips' tokens, one after another. Chunks are rows of a batch: nothing crosses from one to the next."""
-        size, indexes = self.config.conv_chunksize, self.config.deepstack_encoder_layer_indexes
+        is all clips' tokens, one after another. Chunks are rows of a batch: nothing crosses from one to the next.
+        report, if given, is called with a line on how far it is after each batch, where there are several."""
+        indexes, parts = self.config.deepstack_encoder_layer_indexes, []
         chunks, tokens = split_chunks(mels, self.config.n_window)
-        parts = []
-        for x, n in zip(chunks.split(size), tokens.split(size)):
+        for x, n in zip(chunks.split(self.batch), tokens.split(self.batch)):
             x = self.stem(x.to(self.conv1.weight))
             real = (torch.arange(x.shape[1]) < n[:, None]).to(x.device)  # [C, L], False for padding
             mask, taps = None if real.all() else real[:, None, None], {}
@@ -212,5 +216,7 @@ class AudioEncoder(nn.Module):
                 if i in indexes:
                     taps[i] = self.tap(x[real])
             parts.append([self.out_proj(self.layer_norm(x[real])), *(taps[i] for i in indexes)])
-        output, *taps = (torch.cat(part) for part in zip(*parts))
+            if report and len(chunks) > self.batch:
+                report(f"encoding: {sum(len(part[0]) for part in parts) / 12.5:.0f} of {tokens.sum() / 12.5:.0f} s")
+        output, *taps = (torch.cat([part.pop(0) for part in parts]) for _ in (0, *indexes))  # pop: freed as it goes
         return output, taps

@@ -18,8 +18,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 from adapter import AdapterConfig, GatedMLP, audio_ids, deepstack_rows, splice
 from encoder import HOP, SAMPLE_RATE, AudioEncoder, EncoderConfig, count_tokens, load_audio, log_mel, require
-from qwen3 import Qwen3, Qwen3Config
-from sample import Sampling, generate, split_thinking, stream_answer, stream_text
+from qwen3 import Linear, Qwen3, Qwen3Config
+from sample import Sampling, generate, generate_batch, split_thinking, stream_answer, stream_text
 
 # ---- configuration ----
 MossConfig = namedtuple("MossConfig", "encoder adapter decoder stop_ids")  # three config dataclasses, and ints
@@ -222,7 +222,7 @@ class MossAudio(nn.Module):
         mergers = (GatedMLP(config.adapter) for _ in config.encoder.deepstack_encoder_layer_indexes)
         self.deepstack_audio_merger_list = nn.ModuleList(mergers)
         self.language_model = Qwen3(config.decoder)
-        self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
+        self.lm_head = Linear(config.decoder.hidden_size, config.decoder.vocab_size)
 
     @classmethod
     def from_pretrained(cls, folder, device="auto", dtype="auto", report=lambda line: None, lora=None):
@@ -297,27 +297,62 @@ class MossAudio(nn.Module):
         positions = torch.arange(len(prompt.ids), device=x.device)[None]
         return self.lm_head(self.language_model(x, positions, deepstack=deepstack))[0].float()
 
-    def generate(self, prompt: Prompt, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50, seed=None,
-                 thinking_budget=None) -> Iterator[int]:
-        """The answer's ids, one by one, up to and with the first stop id; see sample.Sampling for the arguments. Raises
-        ValueError, at the call, for one out of range or no position free. max_new_tokens is cut to those, and warns."""
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
+    def fit(self, prompt: Prompt, sampling: Sampling) -> Sampling:
+        """Cuts max_new_tokens to the positions that a prompt leaves free, and warns. ValueError if there is none."""
         used, most = len(prompt.ids), self.config.decoder.max_position_embeddings
         require(used < most, f"the prompt has {used} tokens; to generate, expected fewer than the {most} positions")
-        if max_new_tokens > (free := most - used):
-            warnings.warn(f"max_new_tokens is cut from {max_new_tokens} to {free}: the model has {most} positions")
-        return generate(self, prompt, replace(sampling, max_new_tokens=min(max_new_tokens, free)))
+        if (wanted := sampling.max_new_tokens) > (free := most - used):
+            warnings.warn(f"max_new_tokens is cut from {wanted} to {free}: the model has {most} positions")
+        return replace(sampling, max_new_tokens=min(wanted, free))
 
-    def ask(self, clips, text: str, time_markers=None, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
-            seed=None, thinking_budget=None) -> str:
-        """The answer to a text about a clip or a list of clips; see prompt and generate for the arguments."""
-        prompt = self.prompt(text, clips, time_markers)
-        ids = self.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
-        return self.tokenizer.decode(list(ids))
+    def generate(self, prompt: Prompt, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50, seed=None,
+                 thinking_budget=None, cuda_graph=True, report=None) -> Iterator[int]:
+        """The answer's ids, one by one, up to and with the first stop id; see sample.Sampling for the arguments.
+        cuda_graph: on CUDA, capture a step once and replay it. report is called with lines on how a long prompt goes.
+        Raises ValueError, at the call, for an argument out of range or no position free (see fit)."""
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
+        return generate(self, prompt, self.fit(prompt, sampling), cuda_graph, report)
+
+    def generate_batch(self, prompts: list[Prompt], max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
+                       seed=None, thinking_budget=None, cuda_graph=True, report=None) -> Iterator[tuple[int, list[int]]]:
+        """generate for several prompts at once: (number of the prompt, its ids) of each as it ends. seed: prompt i
+        draws with seed + i, or a list's i-th."""
+        seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
+        samplings = [self.fit(prompt, Sampling(max_new_tokens, temperature, top_p, top_k, own, thinking_budget))
+                     for prompt, own in zip(prompts, seeds, strict=True)]
+        return generate_batch(self, prompts, samplings, cuda_graph, report)
+
+    def ask(self, clips, text: str, time_markers=None, **options) -> str:
+        """The answer to a text about a clip or a list of clips; see prompt, and generate for the options."""
+        return self.tokenizer.decode(list(self.generate(self.prompt(text, clips, time_markers), **options)))
 
 # ---- command line ----
 TINY = Path(__file__).resolve().parent / "tiny"  # the small checkpoint
 SAMPLE = TINY / "bell.wav"
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options for the model and for generating."""
+    add = parser.add_argument
+    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (the small one in tiny/)")
+    add("--lora", metavar="FOLDER", help="adapter to add to its weights, as peft or tools/train.py saves it")
+    add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
+    add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="end the answer after N tokens (%(default)s)")
+    heat = parser.add_mutually_exclusive_group().add_argument
+    heat("--temperature", type=float, default=1.0, metavar="X", help="below 1 keeps to likelier tokens (%(default)s)")
+    heat("--greedy", dest="temperature", action="store_const", const=0, default=1.0, help="the likeliest token always")
+    add("--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that make up X together (1.0: all)")
+    add("--top-k", type=int, default=50, metavar="N", help="the N likeliest tokens (%(default)s; 0: all)")
+    add("--seed", type=int, metavar="N", help="draw the same answer each time")
+    add("--no-time-markers", dest="time_markers", action="store_false", default=None, help="no seconds in the prompt")
+    add("--thinking-budget", type=int, metavar="N", help="end a thought after N tokens")
+    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="on CUDA, launch each step's kernels anew")
+
+def generation_options(args: argparse.Namespace) -> dict:
+    """generate's arguments among the options. Raises ValueError for one that is out of range."""
+    options = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    Sampling(**options)
+    return options | {"cuda_graph": args.cuda_graph}
 
 def run(args: argparse.Namespace) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
@@ -325,7 +360,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.audio and args.prompt is None:
         args.audio = [str(SAMPLE)]
         report(f"no AUDIO and no --prompt: this is {SAMPLE}")
-    Sampling(*(options := [getattr(args, field.name) for field in fields(Sampling)]))  # refused before all else
+    options = generation_options(args)  # refused before all else
     waves = [load_audio(sys.stdin and sys.stdin.buffer if name == "-" else name) for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report, args.lora)
     for name, wave in zip(args.audio, waves):
@@ -333,7 +368,7 @@ def run(args: argparse.Namespace) -> None:
     text, times = "Describe this audio." if args.prompt is None else args.prompt, [time.perf_counter()]
     prompt = model.prompt(text, waves, args.time_markers)
     report(f"prompt: {len(prompt.ids)} tokens")
-    ids = model.generate(prompt, *options)
+    ids = model.generate(prompt, **options, report=report)
     pieces = stream_text(model.tokenizer, (times.append(time.perf_counter()) or token for token in ids))
     if args.hide_thinking:
         pieces = stream_answer(pieces, opened="<think>" in text.rpartition("</think>")[2])
@@ -356,20 +391,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("moss_min.py", allow_abbrev=False)
     parser.error, add = lambda message: require(False, message), parser.add_argument  # its own error prints the usage
     add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt; - is one from stdin")
-    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (the small one in tiny/)")
-    add("--lora", metavar="FOLDER", help="adapter to add to its weights, as peft or tools/train.py saves it")
     add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
-    add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
-    add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
-    add("--max-new-tokens", type=int, default=1024, metavar="N", help="end the answer after N tokens (%(default)s)")
-    heat = parser.add_mutually_exclusive_group().add_argument
-    heat("--temperature", type=float, default=1.0, metavar="X", help="below 1 keeps to likelier tokens (%(default)s)")
-    heat("--greedy", dest="temperature", action="store_const", const=0, default=1.0, help="the likeliest token always")
-    add("--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that make up X together (1.0: all)")
-    add("--top-k", type=int, default=50, metavar="N", help="the N likeliest tokens (%(default)s; 0: all)")
-    add("--seed", type=int, metavar="N", help="draw the same answer each time")
-    add("--no-time-markers", dest="time_markers", action="store_false", default=None, help="no seconds in the prompt")
-    add("--thinking-budget", type=int, metavar="N", help="end a thought after N tokens")
+    add_options(parser)
     add("--hide-thinking", action="store_true", help="print the answer alone")
     add("--quiet", action="store_true", help="print nothing on stderr but what goes wrong")
     warnings.formatwarning = lambda message, *_: f"moss_min: {message}\n"

@@ -2,6 +2,7 @@
 Shapes: B batch, n tokens of this call, K keys (cached and new), D width (hidden_size), H query heads, G key/value
 heads, hd head size (H * hd need not be D)."""
 
+import copy, functools, math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,21 @@ class Qwen3Config:
     rms_norm_eps: float
     max_position_embeddings: int
 
+class Linear(nn.Linear):
+    """Without a bias. On a CPU one row, that is a step of generation, goes at the speed of the memory: torch's product
+    of a row with a matrix may run on one thread in float32, and is slow in bfloat16 (torch 2.13)."""
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.blocks = math.gcd(outputs, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type != "cpu" or x.numel() != self.in_features:
+            return super().forward(x)
+        if self.weight.dtype == torch.float32:  # a product for each block of the matrix's rows, on all threads
+            blocks = self.weight.view(self.blocks, -1, self.in_features)
+            return torch.bmm(x.reshape(1, 1, -1).expand(self.blocks, 1, -1), blocks.mT).view(*x.shape[:-1], -1)
+        return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -32,12 +48,17 @@ class RMSNorm(nn.Module):
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)  # rounded, then weighted: the other order gives other bits
 
+@functools.cache
+def rope_rates(config: Qwen3Config, device: torch.device) -> torch.Tensor:
+    """The rotations' rates, radians a position, float32 [hd / 2]. They are not kept in a buffer, which would be cast
+    with the model: in bfloat16 they are whole turns off at high positions. They are made on the CPU, since another
+    device's powers may differ in the last bit."""
+    return (1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)).to(device)
+
 def rope_table(positions: torch.Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin at int positions [B, n], each [B, 1, n, hd]: in float32, and only then rounded to the model's type.
-    The rates are not kept in a buffer, which would be cast with the model: in bfloat16 they are whole turns off at high
-    positions. They are made on the CPU, since another device's powers may differ in the last bit."""
-    rates = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)  # [hd / 2]
-    angles = (positions[:, None, :, None].float() * rates.to(positions.device)).repeat(1, 1, 1, 2)  # [B, 1, n, hd]
+    """cos and sin at int positions [B, n], each [B, 1, n, hd]: in float32, and only then rounded to the model's type."""
+    rates = rope_rates(config, positions.device)
+    angles = (positions[:, None, :, None].float() * rates).repeat(1, 1, 1, 2)  # [B, 1, n, hd]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -46,16 +67,33 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 class KVCache:
-    """Keys and values of all layers, [layers, B, G, capacity, hd] each, allocated once; `length` of them are filled."""
+    """Keys and values of all layers, [layers, B, G, capacity, hd] each, allocated once; `length` of them are seen.
+    places, int64 [B]: where each row's next token goes, if its rows differ in length; None: at `length`, in all."""
     def __init__(self, config: Qwen3Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        self.length = 0
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # NaN passes a mask
+        self.length, self.places = 0, None
+
+    def row(self, i: int) -> "KVCache":
+        """Row i as an empty cache of its own, on the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values, part.length = self.keys[:, i : i + 1], self.values[:, i : i + 1], 0
+        return part
+
+    def drop(self, i: int) -> None:
+        """Row i is given up: the last one takes its place."""
+        self.keys[:, i], self.values[:, i] = self.keys[:, -1], self.values[:, -1]
+        self.keys, self.values = self.keys[:, :-1], self.values[:, :-1]
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores a layer's new keys and values [B, G, n, hd] and gives them with all before them, [B, G, K, hd]."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = k, v
+        if self.places is None:
+            end = self.length + k.shape[2]
+            self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = k, v
+        else:  # one token a row, written by tensors alone: a CUDA graph would keep a number as it was
+            end, rows = self.length, torch.arange(len(k), device=k.device)
+            self.keys[layer].transpose(1, 2)[rows, self.places] = k[:, :, 0]
+            self.values[layer].transpose(1, 2)[rows, self.places] = v[:, :, 0]
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 class Attention(nn.Module):
@@ -63,10 +101,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -76,17 +114,20 @@ class Attention(nn.Module):
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # [B, H|G, n, hd]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # after the norms
         k, v = (k, v) if cache is None else cache.extend(self.layer, k, v)  # [B, G, K, hd]
-        if n > 1:  # enable_gqa would hold all scores, [B, H, n, K], in CUDA's float32 and, before torch 2.9, on a CPU
+        if n == 1:  # query heads that share a key head become its rows: nothing is repeated
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, G, H / G, hd]
+        else:  # enable_gqa would hold all scores, [B, H, n, K], in CUDA's float32 and, before torch 2.9, on a CPU
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))  # [B, H, K, hd]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1, enable_gqa=n == 1)
-        return self.o_proj(x.transpose(1, 2).reshape(B, n, -1))  # [B, H, n, hd] to [B, n, H * hd] to [B, n, D]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
+        x = x.reshape(B, -1, n, self.head_dim).transpose(1, 2)  # [B, n, H, hd]
+        return self.o_proj(x.reshape(B, n, -1))  # [B, n, H * hd] to [B, n, D]
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -128,6 +169,6 @@ class Qwen3(nn.Module):
         for k, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache, mask)
             x = inject(x, deepstack[k]) if k < len(deepstack) else x
-        if cache is not None:
+        if cache is not None and cache.places is None:
             cache.length += x.shape[1]
         return self.norm(x)

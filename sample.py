@@ -62,31 +62,120 @@ def thought_left(left: int | None, token: int, budget: int | None, tags: tuple[i
     fewer = left - 1 if left else left  # 0 and None stay
     return {tags[0]: budget, tags[1]: None}.get(token, fewer)
 
+class Writer:
+    """What one answer's next id depends on beside the logits: its draws, and a thought that is out of budget."""
+    def __init__(self, model, prompt, sampling: Sampling):
+        self.tokenizer, self.sampling, self.budget = model.tokenizer, sampling, sampling.thinking_budget
+        self.tags = self.tokenizer.token_to_id("<think>"), self.tokenizer.token_to_id("</think>")
+        self.generator, self.left, self.forced = torch.Generator(model.lm_head.weight.device), None, []
+        self.generator.seed() if sampling.seed is None else self.generator.manual_seed(int(sampling.seed))
+        for token in prompt.ids.tolist():
+            self.left = thought_left(self.left, token, self.budget, self.tags)
+
+    def next(self, logits: torch.Tensor) -> int:
+        """The next id from logits [1, V] in float32, or, where a thought is over, the next that ends it."""
+        if self.left == 0:  # once: from here on there is no budget
+            self.forced = self.tokenizer.encode(THOUGHT_IS_OVER, add_special_tokens=False).ids
+            self.budget, self.left = None, None
+        token = self.forced.pop(0) if self.forced else choose(logits, self.sampling, self.generator)
+        self.left = thought_left(self.left, token, self.budget, self.tags)
+        return token
+
+SLICE = 1024  # prompt tokens in the decoder at once: what it holds of them stays small, however long the sound
+
+def prefill(model, prompt, cache: KVCache, report) -> torch.Tensor:
+    """A moss_min.Prompt through a moss_min.MossAudio into an empty cache, slice by slice; each sees those before it
+    and has its own DeepStack rows. Returns the logits of the last position, float32 [1, V]."""
+    device, total, heard = model.lm_head.weight.device, len(prompt.ids), 0
+    output, taps = model.audio_encoder(prompt.mels, report) if prompt.mels else (None, [])
+    sound = [] if output is None else [output, *taps]  # [A, E] each
+    for ids in prompt.ids.to(device)[None].split(SLICE, dim=1):
+        count = int((ids == model.config.adapter.audio_token_id).sum())
+        rows = [part[heard : heard + count] for part in sound]
+        x, deepstack = model.embed_ids(ids, *rows[:1], taps=rows[1:])
+        positions = cache.length + torch.arange(ids.shape[1], device=device)[None]
+        x, heard = model.language_model(x, positions, cache, deepstack=deepstack)[:, -1], heard + count
+        if report and total > SLICE:
+            report(f"prompt: {cache.length} of {total} tokens")
+    return model.lm_head(x).float()
+
+class Step:
+    """A step of rows that differ in length, or of one on CUDA: captured as a graph, which replays what would be some
+    twenty launches a layer in one. A graph keeps shapes and numbers, so what changes is in tensors, and attention is
+    over the whole cache, under a mask. It is captured at the first step, whose tokens [B] at places [B] it is given."""
+    def __init__(self, model, cache: KVCache, tokens: list[int], places: list[int], graph: bool):
+        self.model, self.cache, self.graph = model, cache, None
+        self.inputs = torch.tensor([tokens, places], device=cache.keys.device)
+        cache.places = self.inputs[1]
+        if graph:
+            cache.length = cache.keys.shape[3]
+            torch.cuda.synchronize(cache.keys.device)
+            with torch.cuda.device(cache.keys.device), torch.cuda.stream(torch.cuda.Stream()):
+                self.logits()  # libraries make their plans and buffers before the capture
+                torch.cuda.synchronize()
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.captured = self.logits()
+
+    def logits(self) -> torch.Tensor:
+        """The inputs' logits, float32 [B, V]; their keys and values are in the cache."""
+        decoder, (tokens, places) = self.model.language_model, self.inputs[:, :, None]  # [B, 1] each
+        mask = torch.arange(self.cache.length, device=places.device) <= places[:, None, None]  # [B, 1, 1, K]
+        return self.model.lm_head(decoder(decoder.embed_tokens(tokens), places, self.cache, mask)[:, -1]).float()
+
+    def __call__(self, tokens: list[int], places: list[int]) -> torch.Tensor:
+        self.inputs.copy_(torch.tensor([tokens, places]))
+        if self.graph:
+            self.graph.replay()
+            return self.captured
+        self.cache.length = max(places) + 1
+        return self.logits()
+
 @torch.no_grad()
-def generate(model, prompt, sampling: Sampling) -> Iterator[int]:
+def generate(model, prompt, sampling: Sampling, cuda_graph=True, report=None) -> Iterator[int]:
     """The ids that a moss_min.MossAudio generates after a moss_min.Prompt, up to and with the first stop id: the prompt
-    at once (prefill), then token by token. Logits are of the last position only, of none where a token is forced."""
-    decoder, device = model.language_model, model.lm_head.weight.device
-    generator = torch.Generator(device)
-    generator.seed() if sampling.seed is None else generator.manual_seed(int(sampling.seed))
-    tags = model.tokenizer.token_to_id("<think>"), model.tokenizer.token_to_id("</think>")
-    budget, left, forced = sampling.thinking_budget, None, []
-    for token in prompt.ids.tolist():
-        left = thought_left(left, token, budget, tags)
-    x, deepstack = model.embed(prompt)  # [1, N, D]
-    start, end = x.shape[1], x.shape[1] + sampling.max_new_tokens
-    cache = KVCache(decoder.config, 1, end - 1, x.dtype, device)  # the last token is not fed back
-    x, deepstack = decoder(x, torch.arange(start, device=device)[None], cache, deepstack=deepstack), None  # frees rows
+    at once (prefill), then token by token."""
+    decoder, weight, step = model.language_model, model.lm_head.weight, None
+    start, writer = len(prompt.ids), Writer(model, prompt, sampling)
+    end = start + sampling.max_new_tokens
+    cache = KVCache(decoder.config, 1, end - 1, weight.dtype, weight.device)  # the last token is not fed back
+    logits = prefill(model, prompt, cache, report)
     for position in range(start, end):
-        if left == 0:  # once: from here on there is no budget
-            forced, budget, left = model.tokenizer.encode(THOUGHT_IS_OVER, add_special_tokens=False).ids, None, None
-        token = forced.pop(0) if forced else choose(model.lm_head(x[:, -1]).float(), sampling, generator)
+        token = writer.next(logits)
         yield token
         if token in model.config.stop_ids or position == end - 1:
             return
-        left = thought_left(left, token, budget, tags)
-        x = decoder.embed_tokens(torch.tensor([[token]], device=device))  # [1, 1, D]
-        x = decoder(x, torch.tensor([[position]], device=device), cache)
+        if cuda_graph and weight.is_cuda:
+            step = step or Step(model, cache, [token], [position], graph=True)
+            logits = step([token], [position])
+        else:
+            x = decoder.embed_tokens(torch.tensor([[token]], device=weight.device))  # [1, 1, D]
+            x = decoder(x, torch.tensor([[position]], device=weight.device), cache)
+            logits = model.lm_head(x[:, -1]).float()
+
+@torch.no_grad()
+def generate_batch(model, prompts: list, samplings: list[Sampling], cuda_graph=True,
+                   report=None) -> Iterator[tuple[int, list[int]]]:
+    """generate for several prompts: (number, ids) of each as it ends. Each is prefilled alone, so that its numbers do
+    not depend on its neighbours; only their steps go together, and a row that has ended leaves."""
+    weight, rows, step = model.lm_head.weight, [], None
+    ends = [len(prompt.ids) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings)]
+    cache = KVCache(model.config.decoder, len(prompts), max(ends, default=1) - 1, weight.dtype, weight.device)
+    logits = [prefill(model, prompt, cache.row(i), report) for i, prompt in enumerate(prompts)]
+    rows = [(i, Writer(model, prompt, sampling), []) for i, (prompt, sampling) in enumerate(zip(prompts, samplings))]
+    while rows:
+        for row in reversed(range(len(rows))):  # from the last, which may take the place of one that ends
+            i, writer, ids = rows[row]
+            ids.append(writer.next(logits[row]))
+            if ids[-1] in model.config.stop_ids or len(prompts[i].ids) + len(ids) == ends[i]:
+                yield i, ids
+                cache.drop(row)
+                rows[row], step = rows[-1], None
+                rows.pop()
+        if rows:
+            tokens, places = zip(*((ids[-1], len(prompts[i].ids) + len(ids) - 1) for i, _, ids in rows))
+            step = step or Step(model, cache, tokens, places, cuda_graph and weight.is_cuda)
+            logits = step(tokens, places)[:, None]  # [B, 1, V]
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Ids to text as they come, in whole characters; the pieces joined are tokenizer.decode(ids)."""

@@ -47,7 +47,7 @@ def convolve(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor
     """Convolution i, from 1, and GELU: [C, channels, bands, t] to half the bands and frames. It takes no heed of how
     many frames of a chunk are sound: a tail's padding is convolved like sound."""
     audio = run.model.audio_encoder
-    conv, parts = getattr(audio, f"conv{i}"), x.split(audio.config.conv_chunksize)
+    conv, parts = getattr(audio, f"conv{i}"), x.split(audio.batch)
     return torch.cat([audio.activation(conv(part.to(conv.weight))) for part in parts])
 
 def positions(x: torch.Tensor) -> torch.Tensor:
@@ -57,21 +57,21 @@ def positions(x: torch.Tensor) -> torch.Tensor:
 def stem(run, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """The last convolution's [C, channels, 16, L] to [A, D], as AudioEncoder.stem goes on."""
     audio = run.model.audio_encoder
-    parts = x.permute(0, 3, 1, 2).flatten(2).split(audio.config.conv_chunksize)
+    parts = x.permute(0, 3, 1, 2).flatten(2).split(audio.batch)
     x = torch.cat([audio.stem_proj(part) for part in parts])  # [C, L, D]
     return (x + run.positions(x).to(x))[real_tokens(frames)]
 
 def encoder_layer(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """[A, D] to [A, D]: laid out in chunks again, with zeros for padding, which the mask keeps from the rest."""
     audio, real = run.model.audio_encoder, real_tokens(frames)
-    chunks, size = x.new_zeros(*real.shape, x.shape[1]), audio.config.conv_chunksize
+    chunks, size = x.new_zeros(*real.shape, x.shape[1]), audio.batch
     chunks[real] = x
     masks = [None if part.all() else part[:, None, None].to(x.device) for part in real.split(size)]
     return torch.cat([audio.layers[i](*part) for part in zip(chunks.split(size), masks)])[real]
 
 def leave_encoder(run, function: Callable, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """A function of [A, D], on the tokens of as many chunks at a time as the model gives it: to the same last bit."""
-    parts = chunk_tokens(frames).split(run.model.audio_encoder.config.conv_chunksize)
+    parts = chunk_tokens(frames).split(run.model.audio_encoder.batch)
     return torch.cat([function(part) for part in x.split([int(part.sum()) for part in parts])])
 
 def prompt_ids(run, *mels: torch.Tensor) -> torch.Tensor:
