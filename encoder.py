@@ -47,7 +47,8 @@ def decode(data: bytes, name: str) -> tuple[torch.Tensor, int]:
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)  # [samples, channels]
     except soundfile.SoundFileError as error:
-        require(shutil.which("ffmpeg"), f"{name}: {error}; for other formats an ffmpeg on the PATH is needed")
+        said = getattr(error, "error_string", error)  # the whole has the bytes' address in it
+        require(shutil.which("ffmpeg"), f"{name}: {said} For other formats an ffmpeg on the PATH is needed")
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "sound").write_bytes(data)  # alone there, under a name that tells ffmpeg nothing
             run = subprocess.run(FFMPEG, cwd=folder, capture_output=True)
@@ -209,8 +210,8 @@ class AudioEncoder(nn.Module):
         chunks, tokens = split_chunks(mels, self.config.n_window)
         for x, n in zip(chunks.split(self.batch), tokens.split(self.batch)):
             x = self.stem(x.to(self.conv1.weight))
-            real = (torch.arange(x.shape[1]) < n[:, None]).to(x.device)  # [C, L], False for padding
-            mask, taps = None if real.all() else real[:, None, None], {}
+            real = torch.arange(x.shape[1]) < n[:, None]  # [C, L], False for padding
+            mask, taps = None if real.all() else real[:, None, None].to(x.device), {}
             for i, layer in enumerate(self.layers):
                 x = layer(x, mask)
                 if i in indexes:
