@@ -313,18 +313,22 @@ class MossAudio(nn.Module):
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
         return generate(self, prompt, self.fit(prompt, sampling), cuda_graph, report)
 
-    def generate_batch(self, prompts: list[Prompt], max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
-                       seed=None, thinking_budget=None, cuda_graph=True, report=None) -> Iterator[tuple[int, list[int]]]:
+    def generate_batch(self, prompts: list, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50, seed=None,
+                       thinking_budget=None, cuda_graph=True, report=None) -> Iterator[tuple[int, list[int]]]:
         """generate for several prompts at once: (number of the prompt, its ids) of each as it ends. seed: prompt i
-        draws with seed + i, or a list's i-th."""
+        draws with seed + i, or with item i of a list."""
+        one = None if isinstance(seed, list) else seed
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, one, thinking_budget)
         seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
-        samplings = [self.fit(prompt, Sampling(max_new_tokens, temperature, top_p, top_k, own, thinking_budget))
-                     for prompt, own in zip(prompts, seeds, strict=True)]
+        samplings = [self.fit(prompt, replace(sampling, seed=own)) for prompt, own in zip(prompts, seeds, strict=True)]
         return generate_batch(self, prompts, samplings, cuda_graph, report)
 
-    def ask(self, clips, text: str, time_markers=None, **options) -> str:
-        """The answer to a text about a clip or a list of clips; see prompt, and generate for the options."""
-        return self.tokenizer.decode(list(self.generate(self.prompt(text, clips, time_markers), **options)))
+    def ask(self, clips, text: str, time_markers=None, max_new_tokens=1024, temperature=1.0, top_p=1.0, top_k=50,
+            seed=None, thinking_budget=None) -> str:
+        """The answer to a text about a clip or a list of clips; see prompt and generate for the arguments."""
+        prompt = self.prompt(text, clips, time_markers)
+        ids = self.generate(prompt, max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
+        return self.tokenizer.decode(list(ids))
 
 # ---- command line ----
 TINY = Path(__file__).resolve().parent / "tiny"  # the small checkpoint
@@ -354,6 +358,15 @@ def generation_options(args: argparse.Namespace) -> dict:
     Sampling(**options)
     return options | {"cuda_graph": args.cuda_graph}
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was held so far: on CUDA by tensors, else by the process (0 on Windows, which can't say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource  # which Windows lacks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 def run(args: argparse.Namespace) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
     report = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr, flush=True))
@@ -379,12 +392,8 @@ def run(args: argparse.Namespace) -> None:
         print(flush=True)
     tokens, first, rest = len(times) - 1, times[1] - times[0], times[-1] - times[1]
     report(f"{tokens} new tokens: the first after {first:.2f} s, then {(tokens - 1) / max(rest, 1e-9):.1f} a second")
-    if (weight := model.lm_head.weight).is_cuda:
-        report(f"peak memory: {torch.cuda.max_memory_allocated(weight.device) / 1e9:.2f} GB on the GPU")
-    elif sys.platform != "win32":  # which has no such module
-        import resource
-        unit = 1 if sys.platform == "darwin" else 1024
-        report(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB")
+    device = model.lm_head.weight.device
+    report(f"peak memory: {peak_bytes(device) / 1e9:.2f} GB{' on the GPU' if device.type == 'cuda' else ''}")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""

@@ -28,14 +28,13 @@ class Linear(nn.Linear):
     of a row with a matrix may run on one thread in float32, and is slow in bfloat16 (torch 2.13)."""
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
-        self.blocks = math.gcd(outputs, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.numel() != self.in_features:
+        if x.device.type != "cpu" or x.numel() != self.in_features or x.dtype != self.weight.dtype:
             return super().forward(x)
-        if self.weight.dtype == torch.float32:  # a product for each block of the matrix's rows, on all threads
-            blocks = self.weight.view(self.blocks, -1, self.in_features)
-            return torch.bmm(x.reshape(1, 1, -1).expand(self.blocks, 1, -1), blocks.mT).view(*x.shape[:-1], -1)
+        if x.dtype == torch.float32:  # a product for each block of the matrix's rows, on all threads
+            blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)
+            return torch.bmm(x.reshape(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
         return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
 
 class RMSNorm(nn.Module):
@@ -44,9 +43,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)  # rounded, then weighted: the other order gives other bits
+        x = F.rms_norm(x, x.shape[-1:], eps=self.eps)  # x / sqrt(mean(x^2) + eps), in float32
+        return self.weight * x  # rounded, then weighted: the other order gives other bits
 
 @functools.cache
 def rope_rates(config: Qwen3Config, device: torch.device) -> torch.Tensor:
@@ -56,7 +54,7 @@ def rope_rates(config: Qwen3Config, device: torch.device) -> torch.Tensor:
     return (1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2) / config.head_dim)).to(device)
 
 def rope_table(positions: torch.Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin at int positions [B, n], each [B, 1, n, hd]: in float32, and only then rounded to the model's type."""
+    """cos and sin at int positions [B, n], each [B, 1, n, hd]: in float32, and only then rounded to dtype."""
     rates = rope_rates(config, positions.device)
     angles = (positions[:, None, :, None].float() * rates).repeat(1, 1, 1, 2)  # [B, 1, n, hd]
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -67,9 +65,10 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 class KVCache:
-    """Keys and values of all layers, [layers, B, G, capacity, hd] each, allocated once; `length` of them are seen.
-    places, int64 [B]: where each row's next token goes, if its rows differ in length; None: at `length`, in all."""
+    """Keys and values of all layers, [layers, B, G, capacity, hd] each, allocated once; the longest row has `length`.
+    places: None, all rows are that long; or (0 .. B - 1, where each row's next token goes), int64 [B] each."""
     def __init__(self, config: Qwen3Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+        capacity += -capacity % 16  # CUDA's kernels want the rows of a mask aligned
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # NaN passes a mask
         self.length, self.places = 0, None
@@ -87,13 +86,12 @@ class KVCache:
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores a layer's new keys and values [B, G, n, hd] and gives them with all before them, [B, G, K, hd]."""
+        end = self.length + k.shape[2]
         if self.places is None:
-            end = self.length + k.shape[2]
             self.keys[layer, :, :, self.length : end], self.values[layer, :, :, self.length : end] = k, v
         else:  # one token a row, written by tensors alone: a CUDA graph would keep a number as it was
-            end, rows = self.length, torch.arange(len(k), device=k.device)
-            self.keys[layer].transpose(1, 2)[rows, self.places] = k[:, :, 0]
-            self.values[layer].transpose(1, 2)[rows, self.places] = v[:, :, 0]
+            self.keys[layer].transpose(1, 2)[self.places] = k[:, :, 0].to(self.keys)
+            self.values[layer].transpose(1, 2)[self.places] = v[:, :, 0].to(self.values)
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 class Attention(nn.Module):
@@ -119,8 +117,7 @@ class Attention(nn.Module):
         else:  # enable_gqa would hold all scores, [B, H, n, K], in CUDA's float32 and, before torch 2.9, on a CPU
             k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))  # [B, H, K, hd]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
-        x = x.reshape(B, -1, n, self.head_dim).transpose(1, 2)  # [B, n, H, hd]
-        return self.o_proj(x.reshape(B, n, -1))  # [B, n, H * hd] to [B, n, D]
+        return self.o_proj(x.reshape(B, -1, n, self.head_dim).transpose(1, 2).reshape(B, n, -1))  # [B, n, D]
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3Config):
@@ -162,13 +159,16 @@ class Qwen3(nn.Module):
         """Embeddings [B, n, D] at int positions [B, n], or [1, n] for all, to normalised hidden states [B, n, D].
         cache: what the tokens see beside each other, and where their own keys and values go. mask: bool [B, 1, n, K],
         true where a token may see a key; None: all before it. deepstack: [B, n, D] each, number k is for layer k."""
-        if mask is None and cache is not None and cache.length and x.shape[1] > 1:
-            keys = torch.arange(cache.length + x.shape[1], device=x.device)
+        n, ragged = x.shape[1], cache is not None and cache.places is not None
+        if mask is None and cache is not None and (ragged or cache.length and n > 1):
+            keys = torch.arange(cache.length + n, device=x.device)
             mask = keys <= positions[:, None, :, None]  # [B, 1, n, K]; SDPA's is_causal would align with the first key
+        if mask is not None:  # as SDPA would in every layer
+            mask = torch.where(mask, x.new_zeros(()), -torch.inf)
         cos, sin = rope_table(positions, self.config, x.dtype)
         for k, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache, mask)
             x = inject(x, deepstack[k]) if k < len(deepstack) else x
-        if cache is not None and cache.places is None:
-            cache.length += x.shape[1]
+        if cache is not None and not ragged:
+            cache.length += n
         return self.norm(x)

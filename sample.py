@@ -1,6 +1,6 @@
 """Generation: a prompt to token ids, one at a time, and ids to text as it streams."""
 
-import re
+import functools, re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -89,46 +89,50 @@ def prefill(model, prompt, cache: KVCache, report) -> torch.Tensor:
     device, total, heard = model.lm_head.weight.device, len(prompt.ids), 0
     output, taps = model.audio_encoder(prompt.mels, report) if prompt.mels else (None, [])
     sound = [] if output is None else [output, *taps]  # [A, E] each
-    for ids in prompt.ids.to(device)[None].split(SLICE, dim=1):
+    for ids in prompt.ids.split(SLICE):
         count = int((ids == model.config.adapter.audio_token_id).sum())
-        rows = [part[heard : heard + count] for part in sound]
-        x, deepstack = model.embed_ids(ids, *rows[:1], taps=rows[1:])
-        positions = cache.length + torch.arange(ids.shape[1], device=device)[None]
+        rows = [part[heard : heard + count] for part in sound if count]
+        ids, positions = ids[None].to(device), cache.length + torch.arange(len(ids), device=device)[None]
+        x, deepstack = model.embed_ids(ids, rows[0], rows[1:]) if rows else model.embed_ids(ids)
         x, heard = model.language_model(x, positions, cache, deepstack=deepstack)[:, -1], heard + count
         if report and total > SLICE:
             report(f"prompt: {cache.length} of {total} tokens")
     return model.lm_head(x).float()
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device: torch keeps a workspace for each stream that it has multiplied matrices on."""
+    return torch.cuda.Stream(device)
+
 class Step:
     """A step of rows that differ in length, or of one on CUDA: captured as a graph, which replays what would be some
-    twenty launches a layer in one. A graph keeps shapes and numbers, so what changes is in tensors, and attention is
-    over the whole cache, under a mask. It is captured at the first step, whose tokens [B] at places [B] it is given."""
-    def __init__(self, model, cache: KVCache, tokens: list[int], places: list[int], graph: bool):
+    sixty launches a layer in one. A graph keeps shapes and numbers, so what changes is in tensors, and attention is
+    over the whole cache, under a mask."""
+    def __init__(self, model, cache: KVCache, graph: bool):
+        _, batch, _, capacity, _ = cache.keys.shape
         self.model, self.cache, self.graph = model, cache, None
-        self.inputs = torch.tensor([tokens, places], device=cache.keys.device)
-        cache.places = self.inputs[1]
+        self.inputs = torch.tensor([[0] * batch, [capacity - 1] * batch], device=cache.keys.device)  # tokens, places
+        cache.length, cache.places = capacity - 1, (torch.arange(batch, device=cache.keys.device), self.inputs[1])
         if graph:
-            cache.length = cache.keys.shape[3]
-            torch.cuda.synchronize(cache.keys.device)
-            with torch.cuda.device(cache.keys.device), torch.cuda.stream(torch.cuda.Stream()):
-                self.logits()  # libraries make their plans and buffers before the capture
-                torch.cuda.synchronize()
+            with torch.cuda.device(cache.keys.device):
+                self.logits()  # libraries make their plans before the capture
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
+                with torch.cuda.graph(self.graph, stream=capture_stream(cache.keys.device)):
                     self.captured = self.logits()
 
     def logits(self) -> torch.Tensor:
         """The inputs' logits, float32 [B, V]; their keys and values are in the cache."""
         decoder, (tokens, places) = self.model.language_model, self.inputs[:, :, None]  # [B, 1] each
-        mask = torch.arange(self.cache.length, device=places.device) <= places[:, None, None]  # [B, 1, 1, K]
-        return self.model.lm_head(decoder(decoder.embed_tokens(tokens), places, self.cache, mask)[:, -1]).float()
+        return self.model.lm_head(decoder(decoder.embed_tokens(tokens), places, self.cache)[:, -1]).float()
 
     def __call__(self, tokens: list[int], places: list[int]) -> torch.Tensor:
+        """The logits of tokens [B], row i's at position places[i] of the cache, float32 [B, V]; the next call may
+        overwrite them."""
         self.inputs.copy_(torch.tensor([tokens, places]))
         if self.graph:
             self.graph.replay()
             return self.captured
-        self.cache.length = max(places) + 1
+        self.cache.length = max(places)
         return self.logits()
 
 @torch.no_grad()
@@ -146,7 +150,7 @@ def generate(model, prompt, sampling: Sampling, cuda_graph=True, report=None) ->
         if token in model.config.stop_ids or position == end - 1:
             return
         if cuda_graph and weight.is_cuda:
-            step = step or Step(model, cache, [token], [position], graph=True)
+            step = step or Step(model, cache, graph=True)
             logits = step([token], [position])
         else:
             x = decoder.embed_tokens(torch.tensor([[token]], device=weight.device))  # [1, 1, D]
@@ -158,7 +162,7 @@ def generate_batch(model, prompts: list, samplings: list[Sampling], cuda_graph=T
                    report=None) -> Iterator[tuple[int, list[int]]]:
     """generate for several prompts: (number, ids) of each as it ends. Each is prefilled alone, so that its numbers do
     not depend on its neighbours; only their steps go together, and a row that has ended leaves."""
-    weight, rows, step = model.lm_head.weight, [], None
+    weight, step = model.lm_head.weight, None
     ends = [len(prompt.ids) + sampling.max_new_tokens for prompt, sampling in zip(prompts, samplings)]
     cache = KVCache(model.config.decoder, len(prompts), max(ends, default=1) - 1, weight.dtype, weight.device)
     logits = [prefill(model, prompt, cache.row(i), report) for i, prompt in enumerate(prompts)]
@@ -174,7 +178,7 @@ def generate_batch(model, prompts: list, samplings: list[Sampling], cuda_graph=T
                 rows.pop()
         if rows:
             tokens, places = zip(*((ids[-1], len(prompts[i].ids) + len(ids) - 1) for i, _, ids in rows))
-            step = step or Step(model, cache, tokens, places, cuda_graph and weight.is_cuda)
+            step = step or Step(model, cache, graph=cuda_graph and weight.is_cuda)
             logits = step(tokens, places)[:, None]  # [B, 1, V]
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

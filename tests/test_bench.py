@@ -200,12 +200,12 @@ def test_the_peak_is_the_most_that_was_held_since_the_reset():
     cpu = torch.device("cpu")
     bench.reset_peak(cpu)
     held = torch.ones(100_000_000, dtype=torch.uint8)
-    before = bench.peak_bytes(cpu)
+    before = bench.peak_since(cpu)
     del held
     bench.reset_peak(cpu)
-    assert bench.peak_bytes(cpu) < before - 90_000_000
+    assert bench.peak_since(cpu) < before - 90_000_000
     torch.ones(100_000_000, dtype=torch.uint8)
-    assert bench.peak_bytes(cpu) > before - 10_000_000
+    assert bench.peak_since(cpu) > before - 10_000_000
 
 
 # ---- what it prints ----

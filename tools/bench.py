@@ -32,7 +32,8 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from encoder import HOP, N_FFT, N_MELS, SAMPLE_RATE, STRIDE, AudioEncoder, log_mel, require
-from moss_min import DTYPES, TINY, MossAudio, MossConfig, Prompt, load_tokenizer, pick_device, read_config
+from moss_min import (DTYPES, TINY, MossAudio, MossConfig, Prompt, load_tokenizer, peak_bytes, pick_device,
+                      read_config)
 from train import save_checkpoint
 
 STAGES = "loading", "log_mel", "encoding", "prefill", "decoding"
@@ -150,14 +151,11 @@ def reset_peak(device: torch.device) -> None:
     elif MARK.exists():
         MARK.write_text("5")
 
-def peak_bytes(device: torch.device) -> int:
+def peak_since(device: torch.device) -> int:
     """The most memory held since reset_peak or, where that can't be (a CPU or MPS without Linux), ever."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if MARK.exists():
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    import resource  # which Windows lacks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda" or not MARK.exists():
+        return peak_bytes(device)
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 # ---- limits ----
 def limit_works(model: MossAudio) -> dict[str, tuple[Callable, float]]:
@@ -329,7 +327,7 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
     dtype, prompt = model.lm_head.weight.dtype, model.prompt(TEXT, [wave])
     say("warming up")
     answer_seconds(model, prompt, args)
-    peak, peer_peak, reads = peak_bytes(device), None, []
+    peak, peer_peak, reads = peak_since(device), None, []
     ours, peers = ({name: [] for name in STAGES} for _ in range(2))
     if folder:
         model = None  # one at a time
@@ -340,7 +338,7 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
         sounds = peer.encoder(prompt.mels)
         reset_peak(device)
         peer.seconds(wave, prompt, sounds, args.new_tokens)
-        peer_peak = peak_bytes(device)
+        peer_peak = peak_since(device)
     limits = limit_works(model)
     rates = {name: [] for name in limits}
     for i in range(args.repeats):
@@ -393,7 +391,7 @@ def measure_lengths(args: argparse.Namespace, temp: Path) -> dict:
         weights = sum(weight.nbytes for weight in model.parameters())
         held = weights + cache_bytes(model, len(prompt.ids) + args.new_tokens - 1)
         rows.append({"length": length, "tokens": len(prompt.ids), "log_mel": mel_seconds, "encoding": encoding,
-                     "prefill": prefill, "step": step, "peak_bytes": peak_bytes(device), "weights_and_cache": held})
+                     "prefill": prefill, "step": step, "peak_bytes": peak_since(device), "weights_and_cache": held})
     return about(model, args) | {"lengths": rows}
 
 # ---- command line ----
