@@ -201,25 +201,37 @@ def test_a_prompt_that_leaves_no_position_for_an_answer_is_an_error_of_its_line_
     assert f"{most} tokens" in first["error"] and second["text"]
 
 
-@pytest.mark.parametrize(
-    ("fault", "status"), [(torch.OutOfMemoryError("all 80 GiB"), 2), (TypeError("a bug"), None)], ids=["memory", "bug"]
-)
-def test_no_memory_and_bugs_end_the_run_and_are_no_answer(folder, fault, status, monkeypatch, capsys):
-    def failing(*args, **options):
-        if any(len(prompt.mels) == 2 for prompt in args[1]):
-            raise fault
-        return generate_batch(*args, **options)
-
+@pytest.fixture
+def fails(monkeypatch):
+    """Makes generate_batch fail for LINES[2], the prompt of two clips."""
     generate_batch = MossAudio.generate_batch
-    with monkeypatch.context() as patch:
-        patch.setattr(MossAudio, "generate_batch", failing)
-        if status is None:
-            with pytest.raises(TypeError, match="a bug"):
-                batch.main(arguments(folder, "--greedy", "--batch", "1"))
-        else:
-            assert batch.main(arguments(folder, "--greedy", "--batch", "1")) == status
-            assert "batch: a smaller --batch takes less: all 80 GiB" in capsys.readouterr().err
+
+    def with_fault(fault: Exception) -> None:
+        def failing(*args, **options):
+            if any(len(prompt.mels) == 2 for prompt in args[1]):
+                raise fault
+            return generate_batch(*args, **options)
+
+        monkeypatch.setattr(MossAudio, "generate_batch", failing)
+
+    return with_fault
+
+
+def test_a_bug_ends_the_run_and_is_no_answer(folder, fails):
+    fails(TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        batch.main(arguments(folder, "--greedy", "--batch", "1"))
     assert [answer["id"] for answer in parsed((folder / "out.jsonl").read_bytes())] == IDS[:2]
+
+
+def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(folder, fails, capsys):
+    fails(torch.OutOfMemoryError("all 80 GiB"))
+    assert batch.main(arguments(folder, "--greedy", "--batch", "3")) == 2
+    assert "batch: a smaller --batch takes less: all 80 GiB" in capsys.readouterr().err
+    answers = parsed(answered(folder, "--greedy", "--batch", "1"))
+    assert [answer["id"] for answer in answers] == IDS
+    assert [i for i, answer in enumerate(answers) if "error" in answer] == [2, 3]
+    assert answers[2]["error"] == "all 80 GiB"
 
 
 # ---- what is refused ----

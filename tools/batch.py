@@ -3,10 +3,10 @@
 A line of the manifest is {"audio": path or list of paths, "prompt": text, "id": string or whole number}. Paths are
 relative to the manifest. Without audio the prompt is text alone; without a prompt it is "Describe this audio."; without
 an id it is the line's number, from 1. Other keys are left alone. The answers are lines {"id", "text"} in the manifest's
-order, or {"id", "error"} where a clip can't be read or is too long. What --out holds already is kept, so that the same
-command goes on where a run has ended; a killed one loses the batch in hand. Line n draws with --seed + n: its answer
-depends neither on its batch, nor on where a run began, nor on the number of processes. In float32, that is; in
-bfloat16 a product of several rows may be rounded otherwise than that of one.
+order, or {"id", "error"} where a clip can't be read, is too long, or by itself takes too much memory. What --out holds
+already is kept, so that the same command goes on where a run has ended; a killed one loses the batch in hand. Line n
+draws with --seed + n: its answer depends neither on its batch, nor on where a run began, nor on the number of
+processes. In float32 on a CPU, that is; elsewhere a product of several rows may be rounded otherwise than that of one.
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, on a GPU each if there are any, on one machine
 or on several that share the folder of --out. Each writes a part beside it, out.jsonl.part-0, -1, ...; the first merges
@@ -102,8 +102,13 @@ def answer(model: MossAudio, lines: dict[str | int, Line], time_markers: bool | 
     if prompts:
         names = [*prompts]
         seeds = None if seed is None else [seed + lines[name].number for name in names]
-        for i, ids in model.generate_batch([*prompts.values()], **options | {"seed": seeds}):
-            answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
+        try:
+            for i, ids in model.generate_batch([*prompts.values()], **options | {"seed": seeds}):
+                answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            if len(prompts) > 1:  # by itself it may have room
+                raise
+            answers[names[0]] = {"id": names[0], "error": str(error)}
     return [*answers.values()]
 
 def answer_all(model: MossAudio, lines: dict[str | int, Line], path: Path, args: argparse.Namespace, report) -> None:
@@ -174,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"batch: {' '.join(str(error).split()):.380}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, torch.OutOfMemoryError) as error:
         print(f"batch: a smaller --batch takes less: {' '.join(str(error).split()):.340}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
