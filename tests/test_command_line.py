@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how it ends."""
 
+import argparse
 import io
 import os
 import re
@@ -13,8 +14,9 @@ import pytest
 import soundfile
 
 import moss_min
+import sample
 from conftest import GOLDEN, JFK, draws_as_upstream, edit_json, golden_case, golden_model
-from moss_min import main
+from moss_min import add_options, generation_options, main
 from sample import THOUGHT_IS_OVER
 
 FOLDER = GOLDEN / "checkpoint"
@@ -163,6 +165,41 @@ def test_stderr_tells_how_it_goes(speech, said):
 
 def test_quiet_says_nothing_beside_the_answer(said):
     assert said(JFK, "--greedy", "--max-new-tokens", 4, "--quiet")[1] == ""
+
+
+def test_stderr_tells_how_far_a_long_sound_is_unless_quiet(speech, said, monkeypatch):
+    monkeypatch.setattr(sample, "SLICE", 400)
+    _, err = said(speech, "--greedy", "--max-new-tokens", 1)
+    n = re.search(r"^prompt: (\d+) tokens$", err, re.MULTILINE)[1]
+    told = ["encoding: 32 of 44 s", "encoding: 44 of 44 s", f"prompt: 400 of {n} tokens", f"prompt: {n} of {n} tokens"]
+    assert re.findall(r"^\w+: \d+ of .*", err, re.MULTILINE) == told
+    assert said(speech, "--greedy", "--max-new-tokens", 1, "--quiet")[1] == ""
+
+
+# ---- options that change no answer ----
+
+
+either_way = pytest.mark.parametrize("argv, cuda_graph", [([], True), (["--no-cuda-graph"], False)])
+
+
+@either_way
+def test_the_options_ask_for_a_cuda_graph_unless_it_is_switched_off(argv, cuda_graph):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert generation_options(parser.parse_args(argv))["cuda_graph"] is cuda_graph
+
+
+@either_way
+def test_whether_a_cuda_graph_is_asked_for_reaches_the_generation(argv, cuda_graph, said, monkeypatch):
+    given = []
+
+    def spy(model, prompt, sampling, cuda_graph, report):
+        given.append(cuda_graph)
+        return sample.generate(model, prompt, sampling, cuda_graph, report)
+
+    monkeypatch.setattr(moss_min, "generate", spy)
+    said("--prompt", "Hi", "--max-new-tokens", 1, *argv)
+    assert given == [cuda_graph]
 
 
 # ---- wrong options ----

@@ -1,4 +1,4 @@
-"""An hour of sound: what its log-mel and the encoder need of memory, and what the encoder reports on the way."""
+"""An hour of sound: what its log-mel, the encoder and the prompt need of memory, and what the encoder reports."""
 
 import os
 import subprocess
@@ -10,17 +10,32 @@ import numpy as np
 import pytest
 import torch
 
+from adapter import AdapterConfig
 from conftest import HERE
 from encoder import SAMPLE_RATE, AudioEncoder, EncoderConfig, mel_spectrum
+from moss_min import MossAudio, MossConfig
+from qwen3 import Qwen3Config
 
 CHUNK = 400  # mel frames, 4 s
 
 
-def small_encoder(**values) -> AudioEncoder:
-    """An encoder of random weights, 16 wide, with one layer and one tap."""
+def small_config(**values) -> EncoderConfig:
     sizes = dict(downsample_hidden_size=2, d_model=16, output_dim=16, encoder_layers=1, encoder_attention_heads=2)
     rest = dict(encoder_ffn_dim=16, layer_norm_eps=1e-5, deepstack_encoder_layer_indexes=(0,))
-    return AudioEncoder(EncoderConfig(**sizes | rest | values))
+    return EncoderConfig(**sizes | rest | values)
+
+
+def small_encoder(**values) -> AudioEncoder:
+    """An encoder of random weights, 16 wide, with one layer and one tap."""
+    return AudioEncoder(small_config(**values))
+
+
+def wide_model() -> MossAudio:
+    """A model of random weights whose decoder has one layer, 32 wide but for its MLP: 33 kB a token there, thrice."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=2)
+    rest = dict(num_key_value_heads=1, head_dim=16, rope_theta=1e6, rms_norm_eps=1e-6, max_position_embeddings=8192)
+    adapter = AdapterConfig(output_dim=16, adapter_hidden_size=16, hidden_size=32, audio_token_id=63)
+    return MossAudio(MossConfig(small_config(), adapter, Qwen3Config(**sizes | rest), ()), None)
 
 
 def mel_of(frames: int) -> torch.Tensor:
@@ -51,7 +66,7 @@ def test_the_encoder_takes_at_most_8_chunks_at_a_time_and_no_more_than_conv_chun
     assert seen == batches and len(output) == len(taps[0]) == 20 * 50
 
 
-ENCODE = f"""
+ENCODE = """
 import torch
 from test_long_sound import CHUNK, mel_of, small_encoder
 encoder = small_encoder(downsample_hidden_size=128)  # the first convolution gives 6.6 MB a chunk
@@ -60,14 +75,39 @@ with torch.inference_mode():
         encoder([mel_of(chunks * CHUNK)])
         print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
+PREFILL = """
+import torch
+from moss_min import Prompt
+from qwen3 import KVCache
+from sample import prefill
+from test_long_sound import wide_model
+model = wide_model()
+with torch.inference_mode():
+    for tokens in (1000, 8000):
+        cache = KVCache(model.config.decoder, 1, tokens, torch.float32, torch.device("cpu"))
+        prefill(model, Prompt(torch.arange(tokens) % 63, []), cache, None)
+        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+from_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
-def test_a_longer_clip_takes_hardly_more_memory_to_encode():
+def peaks(program: str) -> list[float]:
+    """The numbers of kB that a program prints, run as a process of its own, in MB."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    run = subprocess.run([sys.executable, "-c", ENCODE], env=environment, capture_output=True, check=True)
-    short, long = (int(kilobytes) / 1e3 for kilobytes in run.stdout.split())  # getrusage would count the parent's, too
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+    return [int(kilobytes) / 1e3 for kilobytes in run.stdout.split()]  # getrusage would count the parent's, too
+
+
+@from_proc
+def test_a_longer_clip_takes_hardly_more_memory_to_encode():
+    short, long = peaks(ENCODE)
     assert long - short < 100  # MB: the log-mel, its chunks and the rows are 25; 64 chunks at a time would be 840
+
+
+@from_proc
+def test_a_longer_prompt_takes_hardly_more_memory_to_prefill():
+    short, long = peaks(PREFILL)
+    assert long - short < 250  # MB: the last slice's mask and what it takes to make it are 90; one piece would be 690
 
 
 def test_encoding_reports_how_many_seconds_are_done():
