@@ -25,17 +25,16 @@ class Qwen3Config:
 
 class Linear(nn.Linear):
     """Without a bias. On a CPU one row, that is a step of generation, goes at the speed of the memory: torch's product
-    of a row with a matrix may run on one thread in float32, and is slow in bfloat16 (torch 2.13)."""
+    of a row with a float32 matrix may run on one thread (torch 2.13)."""
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != "cpu" or x.numel() != self.in_features or x.dtype != self.weight.dtype:
+        one_row = x.device.type == "cpu" and x.numel() == self.in_features
+        if not one_row or not x.dtype == self.weight.dtype == torch.float32:
             return super().forward(x)
-        if x.dtype == torch.float32:  # a product for each block of the matrix's rows, on all threads
-            blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)
-            return torch.bmm(x.reshape(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
-        return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)  # of rows, on all threads
+        return torch.bmm(x.reshape(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
