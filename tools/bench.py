@@ -333,9 +333,11 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
         model = None  # one at a time
         ours["loading"], reads, peers["loading"] = measure_loading(folder, args, temp, dtype)
         model = endless(load(folder, args))
+    answers = [(ours, lambda: [seconds_of(lambda: log_mel(wave), device), *answer_seconds(model, prompt, args)])]
     if args.peer:
         peer = Peer(model)
         sounds = peer.encoder(prompt.mels)
+        answers.append((peers, lambda: peer.seconds(wave, prompt, sounds, args.new_tokens)))
         reset_peak(device)
         peer.seconds(wave, prompt, sounds, args.new_tokens)
         peer_peak = peak_since(device)
@@ -343,10 +345,8 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
     rates = {name: [] for name in limits}
     for i in range(args.repeats):
         say(f"answering {i + 1} of {args.repeats}")
-        rows = [(seconds_of(lambda: log_mel(wave), device), *answer_seconds(model, prompt, args))]
-        rows += [peer.seconds(wave, prompt, sounds, args.new_tokens)] if args.peer else []
-        for times, row in zip((ours, peers), rows):
-            for name, seconds in zip(STAGES[1:], row):
+        for times, answer in answers[:: (-1) ** i]:  # in turn, or the second would find the caches warmer
+            for name, seconds in zip(STAGES[1:], answer()):
                 times[name].append(seconds)
         for name, (work, amount) in limits.items():
             work()  # to warm up
@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="auto", help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16")
     add("--seconds", type=float, default=30, metavar="X", help="length of the clip (%(default)s)")
     add("--new-tokens", type=int, default=128, metavar="N", help="length of the answer (%(default)s)")
-    add("--repeats", type=int, default=5, metavar="N", help="how often each stage is timed (%(default)s)")
+    add("--repeats", type=int, default=6, metavar="N", help="how often each stage is timed (%(default)s)")
     add("--threads", type=int, metavar="N", help="torch's threads; numpy's are set by OMP_NUM_THREADS")
     add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="on CUDA, launch each step's kernels anew")
     add("--peer", action="store_true", help=f"compare with transformers {PEER}")
