@@ -358,6 +358,10 @@ def generation_options(args: argparse.Namespace) -> dict:
     Sampling(**options)
     return options | {"cuda_graph": args.cuda_graph}
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch's CPU allocator raises a mere RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory that was held so far: on CUDA by tensors, else by the process (0 on Windows, which can't say)."""
     if device.type == "cuda":
@@ -411,7 +415,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader has enough; what is left goes nowhere, or Python complains at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not out_of_memory(error):
+            raise
         print(f"moss_min: {' '.join(str(error).split()):.380}", file=sys.stderr)
         return 2
     return 0

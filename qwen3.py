@@ -30,11 +30,11 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        one_row = x.device.type == "cpu" and x.numel() == self.in_features
-        if not one_row or not x.dtype == self.weight.dtype == torch.float32:
-            return super().forward(x)
-        blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)  # of rows, on all threads
-        return torch.bmm(x.reshape(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
+        row_on_cpu = x.device.type == "cpu" and x.numel() == self.in_features
+        if row_on_cpu and x.dtype == self.weight.dtype == torch.float32:
+            blocks = self.weight.view(math.gcd(self.out_features, 16), -1, self.in_features)  # of rows, on all threads
+            return torch.bmm(x.reshape(1, 1, -1).expand(len(blocks), 1, -1), blocks.mT).view(*x.shape[:-1], -1)
+        return super().forward(x)
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -67,7 +67,7 @@ class KVCache:
     """Keys and values of all layers, [layers, B, G, capacity, hd] each, allocated once; the longest row has `length`.
     places: None, all rows are that long; or (0 .. B - 1, where each row's next token goes), int64 [B] each."""
     def __init__(self, config: Qwen3Config, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        capacity += -capacity % 16  # CUDA's kernels want the rows of a mask aligned
+        capacity += -capacity % 16  # of a mask over all of it, CUDA's kernels want aligned rows
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))  # NaN passes a mask
         self.length, self.places = 0, None
@@ -111,10 +111,13 @@ class Attention(nn.Module):
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # [B, H|G, n, hd]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)  # after the norms
         k, v = (k, v) if cache is None else cache.extend(self.layer, k, v)  # [B, G, K, hd]
-        if n == 1:  # query heads that share a key head become its rows: nothing is repeated
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, G, H / G, hd]
-        else:  # enable_gqa would hold all scores, [B, H, n, K], in CUDA's float32 and, before torch 2.9, on a CPU
-            k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))  # [B, H, K, hd]
+        G = k.shape[1]
+        if n == 1:  # query heads that share a key head become its rows
+            q = q.reshape(B, G, -1, self.head_dim)  # [B, G, H / G, hd]
+        else:  # each group is a row of the batch, whose heads read the same keys: expand copies nothing
+            q = q.reshape(B * G, -1, n, self.head_dim)  # [B G, H / G, n, hd]
+            k, v = (y.flatten(0, 1)[:, None].expand(-1, q.shape[1], -1, -1) for y in (k, v))  # [B G, H / G, K, hd]
+            mask = mask if mask is None or B == 1 else mask.repeat_interleave(G, dim=0)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and n > 1)
         return self.o_proj(x.reshape(B, -1, n, self.head_dim).transpose(1, 2).reshape(B, n, -1))  # [B, n, D]
 

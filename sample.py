@@ -101,12 +101,12 @@ def prefill(model, prompt, cache: KVCache, report) -> torch.Tensor:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: torch keeps a workspace for each stream that it has multiplied matrices on."""
+    """A device's own for all captures: torch's default is the first device's, and a new one each keeps a workspace."""
     return torch.cuda.Stream(device)
 
 class Step:
-    """A step of rows that differ in length, or of one on CUDA: captured as a graph, which replays what would be some
-    sixty launches a layer in one. A graph keeps shapes and numbers, so what changes is in tensors, and attention is
+    """A step of rows that differ in length, or of one on CUDA: captured as a graph, which replays in one what would
+    be 30 to 60 launches a layer. A graph keeps shapes and numbers, so what changes is in tensors, and attention is
     over the whole cache, under a mask."""
     def __init__(self, model, cache: KVCache, graph: bool):
         _, batch, _, capacity, _ = cache.keys.shape

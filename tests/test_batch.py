@@ -224,14 +224,20 @@ def test_a_bug_ends_the_run_and_is_no_answer(folder, fails):
     assert [answer["id"] for answer in parsed((folder / "out.jsonl").read_bytes())] == IDS[:2]
 
 
-def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(folder, fails, capsys):
-    fails(torch.OutOfMemoryError("all 80 GiB"))
+@pytest.mark.parametrize("cpu", [False, True])
+def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(folder, fails, capsys, cpu):
+    fault = torch.OutOfMemoryError("all 80 GiB")
+    if cpu:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(2**60, dtype=torch.uint8)
+        fault = caught.value
+    fails(fault)
     assert batch.main(arguments(folder, "--greedy", "--batch", "3")) == 2
-    assert "batch: a smaller --batch takes less: all 80 GiB" in capsys.readouterr().err
+    assert f"batch: a smaller --batch takes less: {fault}"[:380] in capsys.readouterr().err
     answers = parsed(answered(folder, "--greedy", "--batch", "1"))
     assert [answer["id"] for answer in answers] == IDS
     assert [i for i, answer in enumerate(answers) if "error" in answer] == [2, 3]
-    assert answers[2]["error"] == "all 80 GiB"
+    assert answers[2]["error"] == str(fault)
 
 
 # ---- what is refused ----

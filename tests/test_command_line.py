@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import moss_min
 import sample
@@ -298,3 +299,10 @@ def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode in (130, -signal.SIGINT) and (out, err) == (b"", b"")
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(moss_min.MossAudio, "generate", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    assert moss_min.main(["--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moss_min: ") and "can't allocate memory" in line

@@ -297,13 +297,14 @@ def test_captures_are_on_the_caches_device_and_share_a_stream_of_it(on_cuda, gra
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_captured_step_gives_the_plain_steps_ids(dtype):
-    model = MossAudio.from_pretrained(GOLDEN / "checkpoint", "cuda", dtype)
-    for prompt in golden_prompts():
-        for options in ({"temperature": 0}, {"seed": 4}):
-            plain = list(model.generate(prompt, 32, cuda_graph=False, **options))
-            assert list(model.generate(prompt, 32, **options)) == plain
+@pytest.mark.parametrize("size", [64, 1024])
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4}], ids=str)
+def test_on_cuda_captured_steps_alone_and_in_a_batch_give_the_plain_steps_ids(size, options, monkeypatch):
+    monkeypatch.setattr(sample, "SLICE", size)
+    model, prompts = MossAudio.from_pretrained(GOLDEN / "checkpoint", "cuda", "float32"), golden_prompts()
+    plain = one_by_one(model, prompts, max_new_tokens=32, cuda_graph=False, **options)
+    assert one_by_one(model, prompts, max_new_tokens=32, **options) == plain
+    assert dict(model.generate_batch(prompts, 32, **options)) == dict(enumerate(plain))
 
 
 # ---- the prompt in slices ----

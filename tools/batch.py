@@ -6,7 +6,7 @@ an id it is the line's number, from 1. Other keys are left alone. The answers ar
 order, or {"id", "error"} where a clip can't be read, is too long, or by itself takes too much memory. What --out holds
 already is kept, so that the same command goes on where a run has ended; a killed one loses the batch in hand. Line n
 draws with --seed + n: its answer depends neither on its batch, nor on where a run began, nor on the number of
-processes. In float32 on a CPU, that is; elsewhere a product of several rows may be rounded otherwise than that of one.
+processes; but a product of several rows is rounded otherwise than that of one, which in bfloat16 may change an id.
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, on a GPU each if there are any, on one machine
 or on several that share the folder of --out. Each writes a part beside it, out.jsonl.part-0, -1, ...; the first merges
@@ -23,7 +23,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from encoder import require
 from evaluate import each_line, read_json_lines
-from moss_min import MossAudio, add_options, generation_options
+from moss_min import MossAudio, add_options, generation_options, out_of_memory
 from sample import Sampling
 
 Line = namedtuple("Line", "number prompt clips")  # of the manifest, from 1; a string; paths
@@ -105,8 +105,8 @@ def answer(model: MossAudio, lines: dict[str | int, Line], time_markers: bool | 
         try:
             for i, ids in model.generate_batch([*prompts.values()], **options | {"seed": seeds}):
                 answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            if len(prompts) > 1:  # by itself it may have room
+        except Exception as error:
+            if not out_of_memory(error) or len(prompts) > 1:  # by itself each may have room
                 raise
             answers[names[0]] = {"id": names[0], "error": str(error)}
     return [*answers.values()]
@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
     generation_options(args)  # what is wrong with any of these is said before anything is loaded
     require(args.batch > 0, f"--batch is {args.batch}; expected a whole number from 1 up")
     lines = read_manifest(args.manifest)
-    Sampling(seed=args.seed and args.seed + max(line.number for line in lines.values()))  # the last line's
+    if args.seed is not None:
+        Sampling(seed=args.seed + max(line.number for line in lines.values()))  # the last line's is in range, too
     require(args.out.parent.is_dir(), f"{args.out.parent} is no folder; expected --out in one that is there")
     if rank == 0:
         merge(args.out, lines, args.retry_errors)
@@ -176,14 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "max_new_tokens is cut")  # to what the context leaves: it would come line by line
     try:
         run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"batch: {' '.join(str(error).split()):.380}", file=sys.stderr)
-        return 2
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"batch: a smaller --batch takes less: {' '.join(str(error).split()):.340}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        short = out_of_memory(error)
+        if not isinstance(error, (ValueError, OSError)) and not short:
+            raise
+        said = "a smaller --batch takes less: " * short + " ".join(str(error).split())
+        print(f"batch: {said:.380}", file=sys.stderr)
+        return 2
     return 0
 
 if __name__ == "__main__":

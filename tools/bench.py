@@ -32,8 +32,8 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from encoder import HOP, N_FFT, N_MELS, SAMPLE_RATE, STRIDE, AudioEncoder, log_mel, require
-from moss_min import (DTYPES, TINY, MossAudio, MossConfig, Prompt, load_tokenizer, peak_bytes, pick_device,
-                      read_config)
+from moss_min import (DTYPES, TINY, MossAudio, MossConfig, Prompt, load_tokenizer, out_of_memory, peak_bytes,
+                      pick_device, read_config)
 from train import save_checkpoint
 
 STAGES = "loading", "log_mel", "encoding", "prefill", "decoding"
@@ -132,16 +132,20 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return end - start
 
 def answer_seconds(model: MossAudio, prompt: Prompt, args: argparse.Namespace, report=None) -> list[float]:
-    """One answer's encoding, prefill and median step: the first step may prepare the others, as a CUDA graph does."""
+    """One answer's encoding, prefill (making the cache, too) and median step: the first step may prepare the others, as
+    a CUDA graph does."""
     free = model.config.decoder.max_position_embeddings - len(prompt.ids)
     require(args.new_tokens <= free, f"--new-tokens is {args.new_tokens}; expected at most {free} after this prompt")
     device, times = model.lm_head.weight.device, []
-    hook = model.audio_encoder.register_forward_hook(lambda *_: times.append(now(device)))
-    start = now(device)
+    hooks = [model.audio_encoder.register_forward_pre_hook(lambda *_: times.append(now(device))),
+             model.audio_encoder.register_forward_hook(lambda *_: times.append(now(device)))]
+    times.append(now(device))
     for _ in model.generate(prompt, args.new_tokens, temperature=0, cuda_graph=args.cuda_graph, report=report):
         times.append(time.perf_counter())  # the id is here, so the device is done
-    hook.remove()
-    return [times[0] - start, times[1] - times[0], statistics.median(np.diff(times[1:]))]
+    for hook in hooks:
+        hook.remove()
+    start, begun, encoded, first, *_ = times
+    return [encoded - begun, begun - start + first - encoded, statistics.median(np.diff(times[3:]))]
 
 MARK = Path("/proc/self/clear_refs")  # where Linux lets a process lower its high-water mark to what it holds now
 
@@ -345,7 +349,7 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
     rates = {name: [] for name in limits}
     for i in range(args.repeats):
         say(f"answering {i + 1} of {args.repeats}")
-        for times, answer in answers[:: (-1) ** i]:  # in turn, or the second would find the caches warmer
+        for times, answer in answers if i % 2 else answers[::-1]:  # in turn, or the second would find the caches warmer
             for name, seconds in zip(STAGES[1:], answer()):
                 times[name].append(seconds)
         for name, (work, amount) in limits.items():
@@ -477,7 +481,9 @@ def main(argv: list[str] | None = None) -> int:
         run(parser.parse_args(argv))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not out_of_memory(error):
+            raise
         print(f"bench: {' '.join(str(error).split()):.380}", file=sys.stderr)
         return 2
     return 0
