@@ -18,8 +18,8 @@ answer, is CUDA's, else the process's. --shape has random weights, saved as bflo
 --peer: transformers 4.57.1 does the same in turn, on the same tensors: WhisperFeatureExtractor in numpy,
 WhisperEncoderLayer between our stem and final norm, Qwen3ForCausalLM behind our adapters. ratio_to_peer is our time
 over its time; of loading, which it does for the decoder alone, the times per byte (on a CPU, of a file in the model's
-type it loads nothing: it maps the file, to be read in use). --lengths runs clips of several lengths instead, and prints
-how the cost grows."""
+type it loads nothing: it maps the file, to be read in use). --lengths runs clips of several lengths instead, once each
+(up to two minutes the second of two), and prints how the cost grows."""
 
 import argparse, datetime, gc, importlib.metadata, json, math, platform, re, shutil, statistics, sys, tempfile, time
 from collections.abc import Callable
