@@ -633,6 +633,7 @@ class Batches(torch.utils.data.IterableDataset):
 
 # ---- the model and its losses ----
 RATE = 2e-3
+FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
 NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
 
 def make_sample(model: MossAudio, clip: Clip) -> Sample:
@@ -694,7 +695,7 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
                 grads = [p.grad for p in matrices]
                 torch._foreach_lerp_(momenta, grads, 0.05)
-                x = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).bfloat16()  # Nesterov's look ahead
+                x = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).to(FAST)  # Nesterov's look ahead
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True)
                 for _ in range(5):
@@ -897,7 +898,7 @@ def train(bank: Path, out: Path, schedule: Schedule, seed: int, markers: bool, d
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["share"]
             counts = [count_tokens(clip.mel.shape[1], chunk) for clip in clips]
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the fastest at these lengths
+            with torch.autocast("cpu", FAST, FAST != torch.float32), sdpa_kernel(SDPBackend.MATH):  # fastest for these
                 output, taps = model.audio_encoder([clip.mel for clip in clips])
                 hearing = hearing_loss(heads, output, clips, counts)
                 samples = [make_sample(model, clip) for clip in clips] if stage else []
