@@ -317,9 +317,9 @@ class MossAudio(nn.Module):
                        thinking_budget=None, cuda_graph=True, report=None) -> Iterator[tuple[int, list[int]]]:
         """generate for several prompts at once: (number of the prompt, its ids) of each as it ends. seed: prompt i
         draws with seed + i, or with item i of a list."""
-        one = None if isinstance(seed, list) else seed
-        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, one, thinking_budget)
-        seeds = seed if isinstance(seed, list) else [seed if seed is None else seed + i for i in range(len(prompts))]
+        listed = isinstance(seed, list)
+        sampling = Sampling(max_new_tokens, temperature, top_p, top_k, None if listed else seed, thinking_budget)
+        seeds = seed if listed else [seed if seed is None else seed + i for i in range(len(prompts))]
         samplings = [self.fit(prompt, replace(sampling, seed=own)) for prompt, own in zip(prompts, seeds, strict=True)]
         return generate_batch(self, prompts, samplings, cuda_graph, report)
 
@@ -397,7 +397,8 @@ def run(args: argparse.Namespace) -> None:
     tokens, first, rest = len(times) - 1, times[1] - times[0], times[-1] - times[1]
     report(f"{tokens} new tokens: the first after {first:.2f} s, then {(tokens - 1) / max(rest, 1e-9):.1f} a second")
     device = model.lm_head.weight.device
-    report(f"peak memory: {peak_bytes(device) / 1e9:.2f} GB{' on the GPU' if device.type == 'cuda' else ''}")
+    if peak := peak_bytes(device):
+        report(f"peak memory: {peak / 1e9:.2f} GB{' on the GPU' if device.type == 'cuda' else ''}")
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""

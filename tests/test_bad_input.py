@@ -12,6 +12,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import encoder
 import moss_min
 from conftest import GOLDEN, JFK, draws_as_upstream, edit_json, golden_case, golden_model
 from moss_min import MossAudio, load_tokenizer, main, read_config
@@ -602,3 +603,12 @@ def test_a_device_that_is_not_there_is_refused(device, complaint):
 def test_a_dtype_that_is_not_supported_is_refused(dtype, complaint):
     assert "bfloat16" in sentence(MossAudio.from_pretrained, FOLDER, device="cpu", dtype=dtype)
     assert "bfloat16" in complaint("--model", FOLDER, "--prompt", "Hello", "--dtype", dtype)
+
+
+def test_what_is_no_sound_is_named_without_where_it_lies_in_memory(tmp_path, monkeypatch):
+    """An address would differ from run to run."""
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    path = tmp_path / "text.wav"
+    path.write_text("RIFF, so to speak")
+    with pytest.raises(ValueError, match=r"text\.wav: [^<]+\. For other formats an ffmpeg on the PATH is needed$"):
+        encoder.load_audio(path)

@@ -898,7 +898,7 @@ def train(bank: Path, out: Path, schedule: Schedule, seed: int, markers: bool, d
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["share"]
             counts = [count_tokens(clip.mel.shape[1], chunk) for clip in clips]
-            with torch.autocast("cpu", FAST, FAST != torch.float32), sdpa_kernel(SDPBackend.MATH):  # fastest for these
+            with torch.autocast("cpu", FAST, FAST != torch.float32), sdpa_kernel(SDPBackend.MATH):  # fastest if short
                 output, taps = model.audio_encoder([clip.mel for clip in clips])
                 hearing = hearing_loss(heads, output, clips, counts)
                 samples = [make_sample(model, clip) for clip in clips] if stage else []
