@@ -1,5 +1,6 @@
 """tools/make_tiny.py on a bank of tones: no speech program is needed."""
 
+import itertools
 import json
 import random
 import re
@@ -103,28 +104,40 @@ def test_the_cut_tokenizer_cuts_as_qwens_does_and_keeps_the_digits(tmp_path):
     assert cut.get_vocab_size() < 700
 
 
-def test_a_training_sample_is_what_inference_would_see(tmp_path, bank):
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_training_sample_is_what_inference_would_see(runs, tmp_path, bank):
     make_tiny.write_folder(tmp_path, time_markers=True, deepstack=True)
     model, rng = make_tiny.random_model(tmp_path, 0), np.random.default_rng(1)
-    samples, others, mels = [], [], []
+    clips, others = [], []
     for seconds in (5.3, 9.9):
         wave, words, sounds = make_tiny.compose(make_tiny.Bank(bank, held=False), rng, seconds, None)
         mel = torch.from_numpy(make_tiny.mel_spectrum(wave)).to(torch.bfloat16)
-        clip = make_tiny.Clip(mel, words, sounds, *make_tiny.ask(words, sounds, seconds, rng))
-        samples.append(make_tiny.make_sample(model, clip))
-        others.append(train.make_sample(model, clip.prompt, [torch.from_numpy(wave)], clip.answer))
-        assert all(torch.equal(a, b) for a, b in zip(samples[-1][:2], others[-1][:2]))
+        clips.append(make_tiny.Clip(mel, words, sounds, *make_tiny.ask(words, sounds, seconds, rng)))
+        others.append(train.make_sample(model, clips[-1].prompt, [torch.from_numpy(wave)], clips[-1].answer))
+        assert all(torch.equal(a, b) for a, b in zip(make_tiny.make_sample(model, clips[-1]), others[-1][:2]))
         assert torch.equal(mel, others[-1].mels[0])
-        mels.append(mel)
     hidden, labels = train.batch_hidden(model, others)
     learned = labels[:, 1:] != train.IGNORE
     right = labels[:, 1:][learned]
     weights = torch.ones(model.config.decoder.vocab_size)
     weights[256:] = 4  # words
     expected = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learned]), right, weights)
-    counts = [make_tiny.count_tokens(mel.shape[1], 400) for mel in mels]
-    loss = make_tiny.answer_loss(model, samples, counts, *model.audio_encoder(mels))
+    batch = make_tiny.make_batch(model, clips, runs)
+    mels = batch.mels.split(batch.lengths, dim=1)
+    assert [run.ids.shape[0] for run in batch.runs] == [2 // runs] * runs
+    assert all(torch.equal(mel, other.mels[0]) for mel, other in zip(mels, others, strict=True))
+    loss = make_tiny.answer_loss(model, batch, *model.audio_encoder(list(mels)))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_processes_compose_the_batches_that_one_does(tmp_path, bank):
+    make_tiny.write_folder(tmp_path, time_markers=True, deepstack=True)
+    batches = make_tiny.Batches(bank, tmp_path, make_tiny.Schedule(3, 9), seed=0, first=1, seconds=8, runs=1)
+    one, several = (torch.utils.data.DataLoader(batches, batch_size=None, num_workers=n) for n in (1, 2))
+    for i, (a, b) in enumerate(zip(itertools.islice(one, 5), several)):
+        assert torch.equal(a.mels, b.mels) and a.lengths == b.lengths
+        assert [len(batch.runs) for batch in (a, b)] == [int(i > 1)] * 2  # steps 1 and 2 are the encoder's alone
+        assert all(torch.equal(*pair) for pair in zip(a.runs[0][:2], b.runs[0][:2])) if i > 1 else True
 
 
 def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):

