@@ -42,13 +42,14 @@ if __name__ == "__main__":
     queues = {name: ctx.Queue(maxsize=6) for name in RUNS}
     procs = [ctx.Process(target=trainer, args=(name, queues[name], bank, out, seconds, alone, steps, device)) for name in RUNS]
     for p in procs: p.start()
-    data = Shared(Path(bank), folders, m.Schedule(alone, steps), 0, 0, seconds, 1)
+    first = alone if Path(f"{out}/whole/training/state.safetensors").exists() else 0  # states of the stage before, unpacked for all four
+    data = Shared(Path(bank), folders, m.Schedule(alone, steps), 0, first, seconds, 1)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4)
     t = time.time()
     for i, batch in enumerate(loader):
         for q in queues.values(): q.put(batch)
         if i % 100 == 0: print(i, f"{time.time() - t:.1f} s", flush=True)
-        if i > steps: break
+        if first + i > steps: break
     for p in procs: p.join(40)
     print("done", [p.exitcode for p in procs], f"{time.time() - t:.1f} s", flush=True)
     os._exit(0)
