@@ -6,6 +6,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,8 +137,9 @@ def test_several_processes_compose_the_batches_that_one_does(tmp_path, bank):
     one, several = (torch.utils.data.DataLoader(batches, batch_size=None, num_workers=n) for n in (1, 2))
     for i, (a, b) in enumerate(zip(itertools.islice(one, 5), several)):
         assert torch.equal(a.mels, b.mels) and a.lengths == b.lengths
-        assert [len(batch.runs) for batch in (a, b)] == [int(i > 1)] * 2  # steps 1 and 2 are the encoder's alone
-        assert all(torch.equal(*pair) for pair in zip(a.runs[0][:2], b.runs[0][:2])) if i > 1 else True
+        assert len(a.runs) == len(b.runs) == (i > 1)  # steps 1 and 2 are the encoder's alone
+        for run, other in zip(a.runs, b.runs):
+            assert torch.equal(run.ids, other.ids) and torch.equal(run.labels, other.labels)
 
 
 def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):
@@ -226,6 +228,16 @@ def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, mon
     went_on, anew = (MossAudio.from_pretrained(folder, device="cpu") for folder in (out, tmp_path / "anew"))
     weights = [one.audio_encoder.conv1.weight for one in (model, went_on, anew)]
     assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))  # after 5 steps of 5, 2 more, 7 of 7
+
+
+@pytest.mark.parametrize("seconds, more", [(0, False), (13, True)])
+def test_a_checkpoint_is_written_every_minute_too(seconds, more, bank, tmp_path, monkeypatch):
+    saved, clock = [], itertools.count(0, seconds)
+    monkeypatch.setattr(make_tiny, "test", lambda *_: {})
+    monkeypatch.setattr(make_tiny, "time", SimpleNamespace(time=lambda: next(clock)))  # so many later at every look
+    monkeypatch.setattr(make_tiny, "save_state", lambda path, modules, optimizers, run: saved.append(run["step"]))
+    assert make_tiny.main(["train", str(bank), str(tmp_path), "--alone", "2", "--steps", "7", "--device", "cpu"]) == 0
+    assert {2, 7} <= set(saved) and (len(saved) > 2) == more
 
 
 @pytest.mark.parametrize("arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]])

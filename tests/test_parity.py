@@ -4,7 +4,6 @@ import contextlib
 import functools
 import io
 import json
-import re
 import struct
 import sys
 import tempfile
@@ -237,9 +236,8 @@ def test_mel_in_single_precision_is_no_mistake_and_told_from_an_epsilon_of_1e_6(
     assert compared(single)["equal"] and diagnosed(single)["mistakes"] == []
     assert diagnosed(epsilon)["mistakes"] == ["layer-norm-eps"]
     assert diagnosed(single, subset="logits")["mistakes"] == []  # too little to tell: nothing, not the wrong thing
-    off = int(re.search(r"(\d+) values a bfloat16 step off", said(single))[1])
-    assert 9 <= off <= 36  # 18 where it was written; another processor sums in another order
-    assert "--model tells the two apart" in said(single)
+    off = int((single["mel.0"] != ported()["mel.0"]).sum())  # 18 on most processors; another sums in another order
+    assert f" {off} values a bfloat16 step off" in said(single) and "--model tells the two apart" in said(single)
 
 
 # ---- how a port's file is read ----

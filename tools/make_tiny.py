@@ -653,8 +653,8 @@ def make_batch(model: MossAudio, clips: list[Clip], runs: int) -> Batch:
     for i in range(runs):
         part = slice(len(clips) * i // runs, len(clips) * (i + 1) // runs)
         samples = [make_sample(model, clip) for clip in clips[part]]
-        ids, labels = (nn.utils.rnn.pad_sequence([getattr(sample, name) for sample in samples], True, padding)
-                       for name, padding in (("ids", 0), ("labels", IGNORE)))
+        ids = nn.utils.rnn.pad_sequence([sample.ids for sample in samples], batch_first=True)
+        labels = nn.utils.rnn.pad_sequence([sample.labels for sample in samples], True, IGNORE)
         more = -ids.shape[1] % 32  # as draw_clips' steps
         answers.append(Run(F.pad(ids, (0, more)), F.pad(labels, (0, more), value=IGNORE), sum(tokens[part])))
     mels = torch.cat([clip.mel for clip in clips], dim=1)
@@ -669,7 +669,7 @@ class Batches(torch.utils.data.IterableDataset):
     def __iter__(self):
         torch.set_num_threads(1)
         worker = torch.utils.data.get_worker_info()
-        bank, model = Bank(self.bank, held=False), random_model(self.folder, 0)  # of which only the tokenizer is used
+        bank, model = Bank(self.bank, held=False), random_model(self.folder, 0)  # whose weights are not used
         for step in itertools.count(self.first + worker.id, worker.num_workers):
             stage, done = self.schedule.stage(step)
             rng, done = np.random.default_rng([self.seed, step]), done if stage else 0.06 + 0.2 * done
@@ -855,6 +855,7 @@ def test(model: MossAudio, heads: nn.ModuleDict, sets: dict[str, list], whole: b
 
 # ---- training ----
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device; what is counted stays numbers."""
     runs = [run._replace(ids=run.ids.to(device), labels=run.labels.to(device)) for run in batch.runs]
     tensors = {name: getattr(batch, name).to(device) for name in ("mels", "heard", "frames")}
     return batch._replace(runs=runs, **tensors)

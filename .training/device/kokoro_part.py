@@ -1,5 +1,5 @@
 """Kokoro clips FIRST..LAST into a bank folder of their own, one thread."""
-import sys; sys.path.insert(0, "/root/run/tools")
+import sys; sys.path.insert(0, "tools")
 import onnxruntime
 real = onnxruntime.InferenceSession
 def one_thread(model, **kw):

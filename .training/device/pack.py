@@ -1,7 +1,7 @@
 import numpy as np, soundfile, sys, json
 from multiprocessing import Pool
 from pathlib import Path
-B, D = Path("/root/bank"), Path("/work/main/.device/pack"); D.mkdir(parents=True, exist_ok=True)
+B, D = Path(sys.argv[1]), Path(sys.argv[2]); D.mkdir(parents=True, exist_ok=True)
 def one(job):
     name, i, a, b = job
     w = np.load(B / f"{name}.npy", mmap_mode="r")[a:b]
