@@ -49,7 +49,7 @@ def test_what_it_says_of_the_shipped_sounds_is_right(capsys):
     scores = json.loads(capsys.readouterr().out)["prompts"]
     for prompt in ("Transcribe the audio.", "Transcribe the audio with timestamps.", "Describe this audio."):
         assert scores[prompt]["n"] >= 4 and scores[prompt]["wer"] == 0
-    assert scores["Transcribe the audio with timestamps."]["aas_ms"] < 40
+    assert scores["Transcribe the audio with timestamps."]["aas_ms"] < 25
 
 
 @pytest.mark.parametrize("argv", [[], ["--greedy"]])

@@ -676,7 +676,7 @@ class Batches(torch.utils.data.IterableDataset):
             yield make_batch(model, draw_clips(bank, rng, done, self.seconds), self.runs if stage else 0)
 
 # ---- the model and its losses ----
-RATE = 2e-3
+RATES = (2.5e-3, 0.1), (2e-3, 0)  # of the encoder alone and of the whole model: the peak, and how much of it is left
 FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
 
 def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -885,8 +885,8 @@ def restore_optimizers(optimizers: list, tensors: dict[str, torch.Tensor]) -> No
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -> None:
-    """The encoder alone, then the whole model; a line of the log every 50 steps, a checkpoint every minute, a test every
-    ten and after each stage."""
+    """The encoder alone, then the whole model; a line of the log every 50 steps, a checkpoint every minute, a test
+    every ten and after each stage."""
     torch.set_num_threads(1)
     folder, path, device = out / "training" / "folder", out / "training" / "state.safetensors", pick_device(args.device)
     on_cuda = device.type == "cuda"
@@ -933,8 +933,8 @@ def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -
                 if now == saved["stage"]:
                     restore_optimizers(optimizers, tensors)
                 stage, saved["stage"] = now, None
-            least = 0 if stage else 0.1
-            rate = RATE * min(1, 0.01 + done / 0.02) * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * done)))
+            peak, least = RATES[stage]
+            rate = peak * min(1, 0.01 + done / 0.02) * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * done)))
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = rate * group["share"]
             batch = to_device(batch, device)
@@ -976,9 +976,9 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("train", help="train and save").add_argument
     add("bank", type=Path, metavar="BANK")
     add("out", type=Path, metavar="OUT")
-    add("--alone", type=int, default=8000, metavar="N", help="train the encoder alone for N steps (%(default)s)")
-    add("--steps", type=int, default=19_000, metavar="N", help="train for N steps in all (%(default)s)")
-    add("--seconds", type=float, default=40, metavar="X", help="sound in a step (%(default)s)")
+    add("--alone", type=int, default=3000, metavar="N", help="train the encoder alone for N steps (%(default)s)")
+    add("--steps", type=int, default=11_300, metavar="N", help="train for N steps in all (%(default)s)")
+    add("--seconds", type=float, default=100, metavar="X", help="sound in a step (%(default)s)")
     add("--seed", type=int, default=0, metavar="S")
     add("--device", default="auto", metavar="D", help="auto (the first that is there of), cuda, mps, cpu")
     add("--workers", type=int, metavar="N", help="processes that compose clips (1; with CUDA, all cores but one)")
