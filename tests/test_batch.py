@@ -103,9 +103,10 @@ def test_the_shared_options_reach_the_model(folder, capsys):
     write_manifest(folder, [LINES[2]])
     assert batch.main(arguments(folder, "--lora", folder)) == 2
     assert "adapter_config.json" in capsys.readouterr().err
-    options = "--temperature", "1.5", "--seed", "42", "--no-time-markers", "--max-new-tokens", "20"
+    # hot: what is clearly heard is said with markers or without, but draws that are nearly even turn on them
+    options = "--temperature", "3", "--seed", "42", "--no-time-markers", "--max-new-tokens", "20"
     (answer,) = parsed(answered(folder, *options))
-    sampled = functools.partial(asked, 2, temperature=1.5, seed=43)
+    sampled = functools.partial(asked, 2, temperature=3, seed=43)
     assert answer["text"] == sampled(time_markers=False, max_new_tokens=20)
     assert answer["text"] not in (sampled(max_new_tokens=20), sampled(time_markers=False))
 

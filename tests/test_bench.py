@@ -155,8 +155,8 @@ def test_flops_of_the_smallest_model_worked_out_by_hand():
 
 def test_bytes_of_a_step_are_those_of_matrices_and_cache_worked_out_by_hand():
     model = MossAudio.from_pretrained(bench.TINY, "cpu", "bfloat16")
-    # four layers of width 160: q and o to 6 x 32, k and v to 2 x 32, three matrices of the MLP to 384; 600 ids
-    assert bench.weight_bytes(model) == 2 * (4 * 160 * (2 * 192 + 2 * 64 + 3 * 384) + 160 * 600)
+    # four layers of width 160: q and o to 6 x 32, k and v to 2 x 32, three matrices of the MLP to 224; 600 ids
+    assert bench.weight_bytes(model) == 2 * (4 * 160 * (2 * 192 + 2 * 64 + 3 * 224) + 160 * 600)
     assert bench.cache_bytes(model, 10) == 2 * (4 * 2 * 2 * 32 * 10)  # layers, keys and values, heads, head_dim, tokens
 
 
