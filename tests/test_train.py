@@ -546,6 +546,7 @@ BAD = {
     "no audio": (without(GOOD, "user", "audio"), "no audio"),
     "no answer": (without(GOOD, "assistant", "text"), "no answer"),
     "empty answer": (data_line("clips/0.wav", ""), "no answer"),
+    "blank answer": (data_line("clips/0.wav", " \n"), "no answer"),
     "two answers": (TWICE, "2 answers"),
     "no prompt": (without(GOOD, "user", "text"), "0 texts"),
     "absent": (data_line("clips/absent.wav"), "absent.wav: No such file"),
@@ -556,7 +557,8 @@ BAD = {
     "long answer": (data_line("clips/0.wav", "yes " * 100), "tokens with its answer; expected at most 200"),
     "placeholders": (data_line("clips/0.wav", prompt="".join(moss_min.CLIP) * 2), "2 audio placeholders"),
     "sound in the answer": (data_line("clips/0.wav", f"a {SOUND}"), "the answer has a token that stands for sound"),
-    "not UTF-8": (data_line("clips/0.wav", "\ud800"), "the answer has bytes that are not UTF-8"),
+    "not UTF-8": ("\udcff", "expected turns"),
+    "a surrogate": (data_line("clips/0.wav", "\ud800"), "the answer has bytes that are not UTF-8"),
 }
 
 
@@ -565,7 +567,7 @@ def test_a_bad_line_is_named_before_the_first_step(kind, small, capsys):
     bad, expected = BAD[kind]
     soundfile.write("long.wav", np.zeros(30 * 16_000), 16_000)
     lines = [json.dumps(GOOD), "", bad if isinstance(bad, str) else json.dumps(bad), json.dumps(GOOD)]
-    Path("bad.jsonl").write_text("\n".join(lines))
+    Path("bad.jsonl").write_text("\n".join(lines), "utf-8", "surrogateescape")
     said = refusal(capsys, arguments("bad.jsonl", "out", "--steps", 1)[2:] + ["--model", "small"])
     assert said.startswith("train.py: bad.jsonl: 1 bad lines: line 3: ") and expected in said
     assert not Path("out").exists()
@@ -590,6 +592,7 @@ def test_the_first_three_bad_lines_and_their_count_are_in_one_message(small, cap
         ([], "expected --data or --merge"),
         (["--data", "good.jsonl", "--steps", "0"], "--steps: expected a number above 0"),
         (["--data", "good.jsonl", "--lora-rank", "-1"], "--lora-rank: expected a number from 0 up"),
+        (["--data", "good.jsonl", "--lora-encoder"], "--lora-encoder: expected --lora-rank"),
         (["--data", "good.jsonl", "--init", "small"], "not allowed with"),
         (["--data", "good.jsonl", "--out", "good.jsonl"], "good.jsonl"),
         (["--merge", "absent"], "adapter_config.json can't be read"),

@@ -167,7 +167,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser("batch.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser("batch.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = lambda message: require(False, message), parser.add_argument
     add("--manifest", type=Path, required=True, metavar="FILE", help="JSONL of clips and prompts")
     add("--out", type=Path, required=True, metavar="FILE", help="JSONL of answers; those in it are kept")

@@ -226,7 +226,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser("evaluate.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser("evaluate.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = lambda message: require(False, message), parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="JSONL in the training format")
     add("--model", type=Path, metavar="FOLDER", help="checkpoint folder, to be run greedily (the small one in tiny/)")

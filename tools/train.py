@@ -34,7 +34,7 @@ ENCODER_TARGETS = r"audio_encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj
 Sample = namedtuple("Sample", "ids labels mels")  # int64 [N], int64 [N], a list of bfloat16 [128, T]
 
 # ---- data ----
-def read_line(line: str, folder: Path) -> tuple[list[Path], str, str]:
+def read_line(line: str | bytes, folder: Path) -> tuple[list[Path], str, str]:
     """A line of data to its sounds' paths, its prompt and its answer. Raises ValueError if it's not as it should be."""
     try:
         turns = [(turn["role"], turn["message_type"], turn["content"]) for turn in json.loads(line)["conversation"]]
@@ -44,7 +44,7 @@ def read_line(line: str, folder: Path) -> tuple[list[Path], str, str]:
                                for kind in (["user", "audio"], ["user", "text"], ["assistant", "text"]))
     require(len(clips) > 0, "no audio")
     require(len(prompts) == 1, f"{len(prompts)} texts of the user's; expected one")
-    require(any(answers), "no answer")
+    require(any(map(str.strip, answers)), "no answer")
     require(len(answers) == 1, f"{len(answers)} answers; expected one")
     return [folder / clip for clip in clips], prompts[0], answers[0]
 
@@ -62,7 +62,7 @@ def read_data(path: Path, model: MossAudio) -> list[tuple[list[Path], str, str]]
     """All of a data file. Raises ValueError that names by number the lines that can't be learned from: before the first
     step, not in the middle of the night."""
     lines, wrong, most = [], [], model.config.decoder.max_position_embeddings
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -209,7 +209,7 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes: int 
 
 # ---- training ----
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up from 0, then half a cosine to 0 at the last step."""
+    """Linear warm-up from 0, then half a cosine that would come to 0 at the step after the last."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -340,12 +340,13 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("train.py", allow_abbrev=False)
+    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, add = lambda message: require(False, message), parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--model", metavar="FOLDER", help="checkpoint to go on from")
     source("--init", metavar="FOLDER", help="checkpoint to take all from but the weights, which are drawn at random")
-    add("--data", metavar="FILE", help="JSONL in upstream's format")
+    add("--data", metavar="FILE", help="JSONL in upstream's format, above")
     add("--out", required=True, metavar="FOLDER", help="what is trained; with training/, its log and state")
     add("--lora-rank", type=int, default=0, metavar="N", help="train an adapter of this rank, not all weights")
     add("--lora-alpha", type=float, default=2.0, metavar="X", help="the adapter's scale is alpha / rank (%(default)s)")
@@ -366,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("steps", "batch", "accumulate", "lr", "warmup", "clip", "save_every", "lora_alpha"):
             require(getattr(args, name) > 0, f"--{name.replace('_', '-')}: expected a number above 0")
         require(args.lora_rank >= 0, "--lora-rank: expected a number from 0 up")
+        require(args.lora_rank or not args.lora_encoder, "--lora-encoder: expected --lora-rank, too")
+        require(not (args.merge and args.init), "--merge: expected --model, whose weights it is folded into")
         run(args)
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         print(f"train.py: {' '.join(str(error).split()):.380}", file=sys.stderr)
