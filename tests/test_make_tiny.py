@@ -212,6 +212,17 @@ def test_a_frame_is_classed_by_word_and_third():
     assert make_tiny.frame_classes(clip, 10).tolist() == [0, 0, one, one, one + 1, one + 1, one + 2, one + 2, 0, 0]
 
 
+def test_clips_end_anywhere_in_a_token_and_the_short_ones_of_a_batch_are_equally_long(bank):
+    drawn = make_tiny.Bank(bank, held=False)
+    batches = [make_tiny.draw_clips(drawn, np.random.default_rng(i), done, 10) for i in range(25) for done in (0.1, 1)]
+    lengths = [[clip.mel.shape[1] for clip in clips] for clips in batches]
+    short, long = ([batch for batch in lengths if (max(batch) <= 400) == wanted] for wanted in (True, False))
+    assert short and all(len(set(batch)) == 1 for batch in short)  # or all but the longest would be padded
+    assert long and all(min(batch) > 400 for batch in long)  # whose chunks are padded to 4 s in any case
+    for batches in (short, long):
+        assert {length % 8 for batch in batches for length in batch} == set(range(8))  # an audio token hears 8 frames
+
+
 @pytest.mark.parametrize("options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)])
 def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, monkeypatch, capsys, options, mergers):
     monkeypatch.setattr(make_tiny, "test", lambda *_: {})
