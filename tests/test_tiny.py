@@ -6,6 +6,7 @@ import re
 import sys
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, HERE
@@ -50,6 +51,13 @@ def test_what_it_says_of_the_shipped_sounds_is_right(capsys):
     for prompt in ("Transcribe the audio.", "Transcribe the audio with timestamps.", "Describe this audio."):
         assert scores[prompt]["n"] >= 4 and scores[prompt]["wer"] == 0
     assert scores["Transcribe the audio with timestamps."]["aas_ms"] < 25
+
+
+@pytest.mark.parametrize("seconds", range(1, 13))
+def test_silence_is_silence_however_long(seconds):
+    silence = np.zeros(seconds * 16_000, np.float32)
+    assert tiny().ask(silence, "Transcribe the audio.", temperature=0) == "(silence)"
+    assert tiny().ask(silence, "Describe this audio.", temperature=0) == "There is silence."
 
 
 @pytest.mark.parametrize("argv", [[], ["--greedy"]])
