@@ -606,6 +606,11 @@ def test_a_bad_command_line_is_refused(argv, expected, small, capsys):
     assert not Path("out").exists()
 
 
+def test_an_adapter_is_not_merged_into_random_weights(small, capsys):
+    said = refusal(capsys, ["--init", "small", "--merge", "absent", "--out", "out"])
+    assert "--merge: expected --model" in said and not Path("out").exists()
+
+
 # ---- bad adapters ----
 
 
