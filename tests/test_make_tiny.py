@@ -219,8 +219,8 @@ def test_clips_end_anywhere_in_a_token_and_the_short_ones_of_a_batch_are_equally
     short, long = ([batch for batch in lengths if (max(batch) <= 400) == wanted] for wanted in (True, False))
     assert short and all(len(set(batch)) == 1 for batch in short)  # or all but the longest would be padded
     assert long and all(min(batch) > 400 for batch in long)  # whose chunks are padded to 4 s in any case
-    for batches in (short, long):
-        assert {length % 8 for batch in batches for length in batch} == set(range(8))  # an audio token hears 8 frames
+    for kind in (short, long):
+        assert {length % 8 for batch in kind for length in batch} == set(range(8))  # an audio token hears 8 frames
 
 
 @pytest.mark.parametrize("options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)])
@@ -278,6 +278,8 @@ def test_a_program_or_package_that_is_missing_is_asked_for(tmp_path, monkeypatch
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
     assert "espeak-ng" in (err := said("espeak")) and "named in make_tiny.py" in err
+    assert make_tiny.main(["train", str(tmp_path), "/dev/null/out"]) == 2
+    assert "/dev/null/out" in (err := capsys.readouterr().err) and "make_tiny.py" not in err  # it needs none of them
 
 
 @pytest.mark.parametrize("arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]])

@@ -557,7 +557,7 @@ BAD = {
     "long answer": (data_line("clips/0.wav", "yes " * 100), "tokens with its answer; expected at most 200"),
     "placeholders": (data_line("clips/0.wav", prompt="".join(moss_min.CLIP) * 2), "2 audio placeholders"),
     "sound in the answer": (data_line("clips/0.wav", f"a {SOUND}"), "the answer has a token that stands for sound"),
-    "not UTF-8": ("\udcff", "expected turns"),
+    "not UTF-8": ("\udcff", "expected turns"),  # written as the byte 0xff
     "a surrogate": (data_line("clips/0.wav", "\ud800"), "the answer has bytes that are not UTF-8"),
 }
 

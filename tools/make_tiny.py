@@ -610,14 +610,16 @@ def draw_clip(bank: Bank, rng: np.random.Generator, frames: int) -> Clip:
 
 def draw_clips(bank: Bank, rng: np.random.Generator, done: float, seconds: float) -> list[Clip]:
     """About so much sound, in longer clips as the stage goes on. Clips of up to 4 s are all equally long, so that none
-    is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s. Lengths come in steps, or
-    hardly a matrix would have a shape that was seen before, for which oneDNN has its code ready; less up to 7 frames:
-    a model that has never heard a last token of less than 8 hears a click in it."""
+    is padded where inference would not pad it; of longer ones, every chunk is padded to 4 s. Lengths come in steps
+    of 40 frames, or hardly a matrix would have a shape that was seen before, for which oneDNN has its code ready; less
+    up to 7, for an audio token hears 8: a last one of fewer, if it is new to the model, is taken for a click."""
     lengths = (3, 5) if done < 0.06 else (3, 10) if done < 0.2 else LENGTHS[rng.choice(3, p=[0.25, 0.45, 0.3])]
-    longest = int(rng.integers(*lengths, endpoint=True))
-    less = int(rng.integers(8))
-    shorter = lambda: less if longest <= 10 else 40 * min(longest - 11, int(rng.integers(4))) + int(rng.integers(8))
-    clips = [draw_clip(bank, rng, 40 * longest - shorter()) for _ in range(max(2, round(seconds / 0.4 / longest)))]
+    longest, cut = int(rng.integers(*lengths, endpoint=True)), int(rng.integers(8))
+    def draw_frames() -> int:
+        if longest <= 10:  # 4 s
+            return 40 * longest - cut
+        return int(40 * max(11, longest - rng.integers(4)) - rng.integers(8))
+    clips = [draw_clip(bank, rng, draw_frames()) for _ in range(max(2, round(seconds / 0.4 / longest)))]
     return sorted(clips, key=lambda clip: len(clip.answer))
 
 class Schedule(namedtuple("Schedule", "alone steps")):
@@ -682,7 +684,7 @@ class Batches(torch.utils.data.IterableDataset):
             yield make_batch(model, draw_clips(bank, rng, done, self.seconds), self.runs if stage else 0)
 
 # ---- the model and its losses ----
-RATES = (2.5e-3, 0.1), (2e-3, 0)  # of the encoder alone and of the whole model: the peak, and how much of it is left
+RATES = (2.5e-3, 0.1), (2e-3, 0)  # of the encoder alone and of the whole model: the peak, and its share at the end
 FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32  # without AMX, bfloat16 is slower
 
 def hearing_loss(heads: nn.ModuleDict, output: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -878,7 +880,8 @@ def load_state(path: Path, modules: list[nn.Module], options: dict) -> tuple[dic
     """The run and the tensors of a state; the weights are put in place. Raises ValueError for another run's."""
     with safe_open(path, "pt") as file:
         run, tensors = json.loads(file.metadata()["run"]), {key: file.get_tensor(key) for key in file.keys()}
-    require(run["options"] == options, f"{path} is of a run with {run['options']}; expected {options}, or another OUT")
+    saved = run.get("options")
+    require(saved == options, f"{path} is of a run with {saved}; expected {options}, or another OUT")
     for i, module in enumerate(modules):
         module.load_state_dict({k: tensors[f"{i}.{k}"] for k in module.state_dict()})
     return run, tensors
@@ -1009,8 +1012,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             make_bank(args.bank, args.engines or list(COUNTS))
     except (ValueError, OSError, ImportError, subprocess.CalledProcessError) as error:
-        hint = "; the packages that bank and words need are named in make_tiny.py"
-        hint = "" if isinstance(error, ValueError) or args.command not in ("bank", "words") else hint
+        missing = not isinstance(error, ValueError) and args.command in ("bank", "words")
+        hint = "; the packages that bank and words need are named in make_tiny.py" if missing else ""
         print(f"make_tiny: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
     return 0
