@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 MARKER_TOKENS, MARKER_SECONDS = 25, 2  # a time marker follows 25 audio tokens, which are 2 seconds
-DIGIT_IDS = range(15, 25)  # "0" to "9": Qwen's vocabulary begins with the printable bytes from "!" on
+DIGIT_IDS = range(
+    15, 25
+)  # "0" to "9": Qwen's vocabulary begins with the printable bytes from "!" on
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """Sizes from config.json, the rest from processor_config.json (one released folder lacks it: hence defaults)."""
+
     output_dim: int
     adapter_hidden_size: int
     hidden_size: int
@@ -21,8 +25,10 @@ class AdapterConfig:
     audio_end_id: int = 151_670
     enable_time_marker: bool = True
 
+
 class GatedMLP(nn.Module):
     """The adapter, and each DeepStack merger: [A, E] to [A, D]."""
+
     def __init__(self, config: AdapterConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.output_dim, config.adapter_hidden_size, bias=False)
@@ -31,6 +37,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
 
 def audio_ids(tokens: int, config: AdapterConfig, time_markers: bool) -> list[int]:
     """A clip of `tokens` audio tokens as prompt ids: start, audio, end.
@@ -43,9 +50,13 @@ def audio_ids(tokens: int, config: AdapterConfig, time_markers: bool) -> list[in
             ids += [DIGIT_IDS[int(digit)] for digit in str(done // MARKER_TOKENS * MARKER_SECONDS)]
     return [*ids, config.audio_end_id]
 
+
 def splice(embeds: torch.Tensor, rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     """Embeddings [..., N, D] with the rows [A, D] in the places where is_audio [..., N] is true."""
-    return embeds.index_put((is_audio,), rows.to(embeds))  # autocast, in training, leaves embeddings in float32
+    return embeds.index_put(
+        (is_audio,), rows.to(embeds)
+    )  # autocast, in training, leaves embeddings in float32
+
 
 def deepstack_rows(rows: torch.Tensor, is_audio: torch.Tensor) -> torch.Tensor:
     """A merger's rows [A, D] laid out like the prompt, [..., N, D], with 0 for text and time markers."""

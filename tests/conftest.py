@@ -35,7 +35,9 @@ def golden_case(name: str) -> SimpleNamespace:
     if name.endswith(".bfloat16"):
         clips = golden_case(name.removesuffix(".bfloat16")).clips
     elif case["audio"] and "file" in case["audio"][0]:
-        clips = [load_audio(GOLDEN / audio["file"]).repeat(audio["times"]) for audio in case["audio"]]
+        clips = [
+            load_audio(GOLDEN / audio["file"]).repeat(audio["times"]) for audio in case["audio"]
+        ]
     else:
         clips = [tensors[f"waveform.{i}"] for i in range(len(case["audio"]))]
     return SimpleNamespace(
@@ -59,7 +61,9 @@ def checkpoint(tmp_path) -> Path:
 
 
 # torch 2.6 draws other numbers from the same seed than upstream's torch 2.13 (2.7 and newer: the same).
-draws_as_upstream = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 draws other numbers")
+draws_as_upstream = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 draws other numbers"
+)
 
 
 def edit_json(path: Path, **values) -> None:

@@ -77,26 +77,42 @@ def run(
             name, _, value = name.partition("=")
             eps = float(value or 1e-6)
         if name not in MISTAKES + HARMLESS:
-            raise ValueError(f"unknown mistake {name!r}; expected one of {', '.join(MISTAKES + HARMLESS)}")
+            raise ValueError(
+                f"unknown mistake {name!r}; expected one of {', '.join(MISTAKES + HARMLESS)}"
+            )
         wrong.add(name)
     w, config, processor = load(Path(folder), dtype)
     with torch.no_grad():
         mel = log_mel(waveform.numpy(), wrong)
         stages, output, taps = encode(w, config, mel.to(dtype), wrong, eps)
-        stages = {"waveform.0": waveform, "mel.0": mel, **stages, "adapter": project(w, "audio_adapter", output, wrong)}
-        deepstack = [project(w, f"deepstack_audio_merger_list.{k}", tap, wrong) for k, tap in enumerate(taps)]
+        stages = {
+            "waveform.0": waveform,
+            "mel.0": mel,
+            **stages,
+            "adapter": project(w, "audio_adapter", output, wrong),
+        }
+        deepstack = [
+            project(w, f"deepstack_audio_merger_list.{k}", tap, wrong) for k, tap in enumerate(taps)
+        ]
         stages |= {f"deepstack.{k}": rows for k, rows in enumerate(deepstack)}
         audio_id = processor.get("audio_token_id", 151_654)
         sound = audio_ids(len(output), audio_id, time_markers and "no-time-markers" not in wrong)
-        start, end = processor.get("audio_start_id", 151_669), processor.get("audio_end_id", 151_670)
+        start, end = (
+            processor.get("audio_start_id", 151_669),
+            processor.get("audio_end_id", 151_670),
+        )
         ids = torch.tensor([*before, start, *sound, end, *after])
         stages["input_ids"] = ids.to(torch.int32)
         at = (ids == audio_id).nonzero()[:, 0]  # [A]
         x = w["language_model.embed_tokens.weight"][ids]
         x[at] = stages["adapter"]
         if "deepstack-at-markers" in wrong:
-            at = at[0] + torch.arange(len(at))  # without a gap, so that markers get rows and the last audio tokens none
-        laid = [torch.zeros_like(x).index_copy(0, at, rows) for rows in deepstack]  # [N, hidden] each
+            at = at[0] + torch.arange(
+                len(at)
+            )  # without a gap, so that markers get rows and the last audio tokens none
+        laid = [
+            torch.zeros_like(x).index_copy(0, at, rows) for rows in deepstack
+        ]  # [N, hidden] each
         return stages | {"inputs_embeds": x} | decode(w, config["language_config"], x, laid, wrong)
 
 
@@ -105,8 +121,15 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict, dic
     """All tensors by their names in the checkpoint, config.json and processor_config.json."""
     shards = [load_file(path) for path in sorted(folder.glob("model*.safetensors"))]
     w = {name: tensor.to(dtype) for shard in shards for name, tensor in shard.items()}
-    config, processor = folder / "config.json", folder / "processor_config.json"  # one released folder lacks the latter
-    return w, json.loads(config.read_text()), json.loads(processor.read_text()) if processor.exists() else {}
+    config, processor = (
+        folder / "config.json",
+        folder / "processor_config.json",
+    )  # one released folder lacks the latter
+    return (
+        w,
+        json.loads(config.read_text()),
+        json.loads(processor.read_text()) if processor.exists() else {},
+    )
 
 
 # ---- log-mel ----
@@ -129,13 +152,21 @@ def log_mel(wave: np.ndarray, wrong: set) -> Tensor:
         wave = np.pad(wave, (0, max(0, 480_000 - len(wave))))
     real = np.float32 if "mel-single-precision" in wrong else np.float64
     frames = 1 + len(wave) // 160
-    padded = np.pad(wave, 200, mode="constant" if "mel-zero-padded" in wrong else "reflect").astype(real)
+    padded = np.pad(wave, 200, mode="constant" if "mel-zero-padded" in wrong else "reflect").astype(
+        real
+    )
     samples = padded[160 * np.arange(frames)[:, None] + np.arange(400)]  # [T + 1, 400]
     period = 399 if "mel-symmetric-window" in wrong else 400
     samples = samples * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / period)).astype(real)
-    turns = np.outer(np.arange(400), np.arange(201)) % 400 * (2 * np.pi / 400)  # the Fourier transform, written out
-    parts = [(samples @ of(turns).astype(real)).astype(np.float32) for of in (np.cos, np.sin)]  # [T + 1, 201] each
-    power = sum(part.astype(real) ** 2 for part in parts) @ mel_filters(wrong).T.astype(real)  # [T + 1, 128]
+    turns = (
+        np.outer(np.arange(400), np.arange(201)) % 400 * (2 * np.pi / 400)
+    )  # the Fourier transform, written out
+    parts = [
+        (samples @ of(turns).astype(real)).astype(np.float32) for of in (np.cos, np.sin)
+    ]  # [T + 1, 201] each
+    power = sum(part.astype(real) ** 2 for part in parts) @ mel_filters(wrong).T.astype(
+        real
+    )  # [T + 1, 128]
     log = np.log if "mel-natural-log" in wrong else np.log10
     x = log(np.maximum(power, 1e-10)).astype(np.float32).T  # [128, T + 1]
     x = x if "mel-last-frame-kept" in wrong else x[:, :-1]
@@ -155,7 +186,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
     k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -math.inf)
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), -math.inf
+        )
     weights = scores.float().softmax(-1).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
@@ -173,17 +206,31 @@ def stem(w: dict, audio: dict, mel: Tensor, wrong: set) -> tuple[dict[str, Tenso
     for j, (chunk, length) in enumerate(zip(chunks, lengths)):
         x = chunk[None, None]  # [1, 1, 128, t]
         for n, conv in enumerate(convs, 1):
-            x = F.conv2d(x, w[f"audio_encoder.conv{n}.weight"], w[f"audio_encoder.conv{n}.bias"], stride=2, padding=1)
+            x = F.conv2d(
+                x,
+                w[f"audio_encoder.conv{n}.weight"],
+                w[f"audio_encoder.conv{n}.bias"],
+                stride=2,
+                padding=1,
+            )
             x = F.gelu(x, approximate="tanh" if "gelu-tanh-stem" in wrong else "none")
             conv.append(x[0])
-        x = x[0].permute(2, 1, 0) if "stem-mel-major" in wrong else x[0].permute(2, 0, 1)  # [L, channels, 16]
+        x = (
+            x[0].permute(2, 1, 0) if "stem-mel-major" in wrong else x[0].permute(2, 0, 1)
+        )  # [L, channels, 16]
         first = j * lengths[0] if "positions-not-restarted" in wrong else 0
         angles = (first + torch.arange(len(x)))[:, None] * rates
-        x = linear(w, "audio_encoder.stem_proj", x.flatten(1)) + torch.cat([angles.sin(), angles.cos()], 1).to(x.dtype)
+        x = linear(w, "audio_encoder.stem_proj", x.flatten(1)) + torch.cat(
+            [angles.sin(), angles.cos()], 1
+        ).to(x.dtype)
         rows.append(x[:length])  # what is padding goes here: no real token attends to it
     stages = {}
-    for n, conv in enumerate(convs, 1):  # chunks of unequal lengths, a mistake, are stored with zeros behind the tail
-        stages[f"encoder.conv{n}"] = torch.stack([F.pad(x, (0, conv[0].shape[2] - x.shape[2])) for x in conv])
+    for n, conv in enumerate(
+        convs, 1
+    ):  # chunks of unequal lengths, a mistake, are stored with zeros behind the tail
+        stages[f"encoder.conv{n}"] = torch.stack(
+            [F.pad(x, (0, conv[0].shape[2] - x.shape[2])) for x in conv]
+        )
     return stages | {"encoder.stem": torch.cat(rows)}, lengths
 
 
@@ -204,12 +251,16 @@ def encode(w: dict, config: dict, mel: Tensor, wrong: set, eps: float | None):
     for i in range(audio["encoder_layers"]):
         name = f"audio_encoder.layers.{i}"
         h = norm(f"layers.{i}.self_attn_layer_norm", x)
-        q, k, v = (linear(w, f"{name}.self_attn.{part}_proj", h) for part in "qkv")  # [A, width] each
+        q, k, v = (
+            linear(w, f"{name}.self_attn.{part}_proj", h) for part in "qkv"
+        )  # [A, width] each
         q = q * scale
         if "query-scaled-before-bias" in wrong:
             weight, bias = (w[f"{name}.self_attn.q_proj.{part}"] for part in ("weight", "bias"))
             q = h @ weight.T * scale + bias
-        chunks = zip(*(y.unflatten(1, (heads, -1)).split(lengths) for y in (q, k, v)))  # of each q, k, v [L, H, hd]
+        chunks = zip(
+            *(y.unflatten(1, (heads, -1)).split(lengths) for y in (q, k, v))
+        )  # of each q, k, v [L, H, hd]
         h = torch.cat([attention(*chunk, scale=1.0, causal=False) for chunk in chunks])
         x = x + linear(w, f"{name}.self_attn.out_proj", h)
         h = linear(w, f"{name}.fc1", norm(f"layers.{i}.final_layer_norm", x))
@@ -236,19 +287,29 @@ def encode(w: dict, config: dict, mel: Tensor, wrong: set, eps: float | None):
 
 
 def gated(w: dict, name: str, x: Tensor, gate="gate_proj", up="up_proj") -> Tensor:
-    return linear(w, f"{name}.down_proj", F.silu(linear(w, f"{name}.{gate}", x)) * linear(w, f"{name}.{up}", x))
+    return linear(
+        w,
+        f"{name}.down_proj",
+        F.silu(linear(w, f"{name}.{gate}", x)) * linear(w, f"{name}.{up}", x),
+    )
 
 
 def project(w: dict, name: str, x: Tensor, wrong: set) -> Tensor:
     """The adapter or a merger: [A, output_dim] to [A, hidden]."""
-    return gated(w, name, x, "up_proj", "gate_proj") if "gate-up-swapped" in wrong else gated(w, name, x)
+    return (
+        gated(w, name, x, "up_proj", "gate_proj")
+        if "gate-up-swapped" in wrong
+        else gated(w, name, x)
+    )
 
 
 def audio_ids(tokens: int, audio_id: int, time_markers: bool) -> list[int]:
     """A clip's ids: after every 25 audio tokens, 2 s, the seconds so far in digits, "0" to "9" being 15 to 24."""
     ids = [audio_id] * tokens
     if time_markers:
-        for second in range(tokens // 25 * 2, 0, -2):  # from the last on, so that earlier places stay
+        for second in range(
+            tokens // 25 * 2, 0, -2
+        ):  # from the last on, so that earlier places stay
             place = second // 2 * 25
             ids[place:place] = [15 + int(digit) for digit in str(second)]
     return ids
@@ -259,7 +320,9 @@ def audio_ids(tokens: int, audio_id: int, time_markers: bool) -> list[int]:
 
 def rms_norm(w: dict, name: str, x: Tensor, eps: float) -> Tensor:
     wide = x.float()
-    return w[f"{name}.weight"] * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return w[f"{name}.weight"] * (
+        wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    ).to(x.dtype)
 
 
 def rope_angles(n: int, text: dict, wrong: set) -> Tensor:
@@ -274,7 +337,9 @@ def rope_angles(n: int, text: dict, wrong: set) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor, wrong: set) -> Tensor:
     """Heads [n, H, hd], each pair of dimensions turned by its angle."""
-    cos, sin = (table.to(x.dtype)[:, None] for table in (angles.cos(), angles.sin()))  # [n, 1, hd / 2]
+    cos, sin = (
+        table.to(x.dtype)[:, None] for table in (angles.cos(), angles.sin())
+    )  # [n, 1, hd / 2]
     interleaved = "rope-interleaved" in wrong
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     turned = a * cos - b * sin, b * cos + a * sin
@@ -290,10 +355,16 @@ def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong
     return rotate(rms_norm(w, name, x, eps), angles, wrong)
 
 
-def decode(w: dict, text: dict, x: Tensor, deepstack: list[Tensor], wrong: set) -> dict[str, Tensor]:
+def decode(
+    w: dict, text: dict, x: Tensor, deepstack: list[Tensor], wrong: set
+) -> dict[str, Tensor]:
     """Embeddings [N, hidden] and DeepStack rows, [N, hidden] for each of the first layers, to the decoder's stages."""
     head_dim, eps = text["head_dim"], text["rms_norm_eps"]
-    scale = (text["hidden_size"] / text["num_attention_heads"] if "attention-scale" in wrong else head_dim) ** -0.5
+    scale = (
+        text["hidden_size"] / text["num_attention_heads"]
+        if "attention-scale" in wrong
+        else head_dim
+    ) ** -0.5
     angles = rope_angles(len(x), text, wrong)
     at_input, before_mlp = "deepstack-at-layer-input" in wrong, "deepstack-before-mlp" in wrong
     late = "deepstack-one-layer-late" in wrong
@@ -308,7 +379,8 @@ def decode(w: dict, text: dict, x: Tensor, deepstack: list[Tensor], wrong: set) 
         projections = (linear(w, f"{name}.self_attn.{part}_proj", h) for part in "qkv")
         q, k, v = (y.unflatten(1, (-1, head_dim)) for y in projections)  # [N, H or G, hd]
         q, k = (
-            turned_head(w, f"{name}.self_attn.{part}_norm", y, angles, eps, wrong) for part, y in (("q", q), ("k", k))
+            turned_head(w, f"{name}.self_attn.{part}_norm", y, angles, eps, wrong)
+            for part, y in (("q", q), ("k", k))
         )
         x = x + linear(w, f"{name}.self_attn.o_proj", attention(q, k, v, scale, causal=True))
         if before_mlp:
@@ -317,6 +389,8 @@ def decode(w: dict, text: dict, x: Tensor, deepstack: list[Tensor], wrong: set) 
         before_injection = x
         if not (at_input or before_mlp):
             x = x + rows
-        stages[f"decoder.layers.{i}"] = before_injection if "layers-before-injection" in wrong else x
+        stages[f"decoder.layers.{i}"] = (
+            before_injection if "layers-before-injection" in wrong else x
+        )
     stages["final_norm"] = rms_norm(w, "language_model.norm", x, eps)
     return stages | {"logits": linear(w, "lm_head", stages["final_norm"]).float()}

@@ -27,7 +27,9 @@ def sentence(call, *args, **options) -> str:
     """The message of the ValueError that a call has to raise."""
     with pytest.raises(ValueError) as caught:
         call(*args, **options)
-    assert caught.type is ValueError  # a library's UnicodeDecodeError, say, is one as well, but no sentence of ours
+    assert (
+        caught.type is ValueError
+    )  # a library's UnicodeDecodeError, say, is one as well, but no sentence of ours
     return str(caught.value)
 
 
@@ -39,7 +41,12 @@ def complaint(capfd):
         assert main(["--device", "cpu", *map(str, argv)]) == 2
         out, err = capfd.readouterr()
         assert out == ""
-        assert err.startswith("moss_min: ") and err.endswith("\n") and err.count("\n") == 1 and len(err) < 400
+        assert (
+            err.startswith("moss_min: ")
+            and err.endswith("\n")
+            and err.count("\n") == 1
+            and len(err) < 400
+        )
         assert "Traceback" not in err and "usage" not in err
         return err
 
@@ -96,7 +103,14 @@ BAD_JSON = {
 
 @pytest.mark.parametrize("content", BAD_JSON.values(), ids=BAD_JSON)
 @pytest.mark.parametrize(
-    "name", ["config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json", INDEX]
+    "name",
+    [
+        "config.json",
+        "processor_config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        INDEX,
+    ],
 )
 def test_a_file_that_holds_no_json_object_is_named(name, content, checkpoint, refused):
     (checkpoint / name).write_bytes(content)
@@ -110,7 +124,11 @@ WHOLE = """
     language_config.num_hidden_layers language_config.num_attention_heads language_config.num_key_value_heads
     language_config.head_dim language_config.max_position_embeddings
 """.split()
-MAY_BE_ABSENT = ["audio_config.num_mel_bins", "audio_config.n_window", "audio_config.conv_chunksize"]
+MAY_BE_ABSENT = [
+    "audio_config.num_mel_bins",
+    "audio_config.n_window",
+    "audio_config.conv_chunksize",
+]
 REAL = ["audio_config.layer_norm_eps", "language_config.rope_theta", "language_config.rms_norm_eps"]
 BAD_REAL = "0 -1e-6 string true null NaN inf 10^30 10^400".split()
 TAPS = "audio_config.deepstack_encoder_layer_indexes"
@@ -120,7 +138,9 @@ def last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-@pytest.mark.parametrize("key", ["model_type", "audio_config", "language_config", TAPS, *WHOLE, *REAL])
+@pytest.mark.parametrize(
+    "key", ["model_type", "audio_config", "language_config", TAPS, *WHOLE, *REAL]
+)
 def test_a_missing_key_is_named(key, checkpoint, refused):
     edit_json(checkpoint / "config.json", **{key: ...})
     refused(checkpoint, last(key))
@@ -129,7 +149,10 @@ def test_a_missing_key_is_named(key, checkpoint, refused):
 def test_the_sentence_says_where_what_and_what_was_expected(checkpoint):
     edit_json(checkpoint / "config.json", **{"language_config.head_dim": ...})
     said = sentence(MossAudio.from_pretrained, checkpoint)
-    assert all(words in said for words in ("config.json", "language_config.head_dim is missing", "expected a"))
+    assert all(
+        words in said
+        for words in ("config.json", "language_config.head_dim is missing", "expected a")
+    )
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "3", True, None, [3], math.nan], ids=str)
@@ -139,7 +162,9 @@ def test_a_count_that_is_no_positive_whole_number_is_refused(key, value, checkpo
     refused(checkpoint, last(key))
 
 
-@pytest.mark.parametrize("value", [0, -1e-6, "1e-6", True, None, math.nan, math.inf, 10**30, 10**400], ids=BAD_REAL)
+@pytest.mark.parametrize(
+    "value", [0, -1e-6, "1e-6", True, None, math.nan, math.inf, 10**30, 10**400], ids=BAD_REAL
+)
 @pytest.mark.parametrize("key", REAL)
 def test_a_rate_that_is_no_positive_number_is_refused(key, value, checkpoint, refused):
     edit_json(checkpoint / "config.json", **{key: value})
@@ -153,12 +178,16 @@ HUGE += [("audio_config.encoder_layers", 2**30), ("language_config.num_hidden_la
 @pytest.mark.parametrize("key, value", HUGE)
 def test_a_huge_count_is_refused_with_the_configuration(key, value, checkpoint):
     edit_json(checkpoint / "config.json", **{key: value})
-    assert last(key) in sentence(read_config, checkpoint)  # alone: building layers would take all memory
+    assert last(key) in sentence(
+        read_config, checkpoint
+    )  # alone: building layers would take all memory
 
 
 @pytest.mark.parametrize("key", ["downsample_hidden_size", "d_model", "encoder_ffn_dim"])
 def test_a_width_of_two_billion_is_refused(key, checkpoint, refused):
-    edit_json(checkpoint / "config.json", **{f"audio_config.{key}": 2**31 - 8})  # its square, in bytes, is past 2^63
+    edit_json(
+        checkpoint / "config.json", **{f"audio_config.{key}": 2**31 - 8}
+    )  # its square, in bytes, is past 2^63
     refused(checkpoint)
 
 
@@ -173,11 +202,27 @@ REFUSED = {  # file -> key -> values that are wrong, or would change the arithme
         "language_config.hidden_act": ["gelu", None],
         "language_config.attention_bias": [True],
         "language_config.use_sliding_window": [True],
-        "language_config.layer_types": [["full_attention", "sliding_attention"], [["full_attention"]], "x", 5],
+        "language_config.layer_types": [
+            ["full_attention", "sliding_attention"],
+            [["full_attention"]],
+            "x",
+            5,
+        ],
         "language_config.rope_parameters": [{"rope_type": "yarn"}],
         "audio_config.activation_function": ["gelu_new", "relu", None],
         "audio_config.num_mel_bins": [80],
-        TAPS: [[1, 3, 6], [-1], [1.5], ["1"], [True], [[1]], "1, 3", 3, {}, [2**40]],  # there are 6 layers
+        TAPS: [
+            [1, 3, 6],
+            [-1],
+            [1.5],
+            ["1"],
+            [True],
+            [[1]],
+            "1, 3",
+            3,
+            {},
+            [2**40],
+        ],  # there are 6 layers
         "deepstack_num_inject_layers": [-1, 2.5, "3", True],
         "audio_config.d_model": [46, 51],  # there are 4 heads
         "language_config.head_dim": [23],  # RoPE pairs its halves
@@ -194,16 +239,25 @@ REFUSED = {  # file -> key -> values that are wrong, or would change the arithme
         "mel_config.mel_hop_length": [320],
         "mel_config.mel_dtype": ["float32"],
     },
-    "generation_config": {"eos_token_id": [None, "302", ["302"], [302, None], 302.0, True, -1, [-1], {}]},
+    "generation_config": {
+        "eos_token_id": [None, "302", ["302"], [302, None], 302.0, True, -1, [-1], {}]
+    },
 }
 
 
 @pytest.mark.parametrize(
     "name, key, value",
-    [(name, key, value) for name, table in REFUSED.items() for key, values in table.items() for value in values],
+    [
+        (name, key, value)
+        for name, table in REFUSED.items()
+        for key, values in table.items()
+        for value in values
+    ],
     ids=str,
 )
-def test_a_value_that_is_wrong_or_would_change_the_arithmetic_is_refused(name, key, value, checkpoint, refused):
+def test_a_value_that_is_wrong_or_would_change_the_arithmetic_is_refused(
+    name, key, value, checkpoint, refused
+):
     edit_json(checkpoint / f"{name}.json", **{key: value})
     refused(checkpoint, last(key))
 
@@ -212,7 +266,10 @@ def test_a_value_that_is_wrong_or_would_change_the_arithmetic_is_refused(name, k
     "sizes, pattern",
     [
         ({"language_config.num_attention_heads": 3}, "key_value_heads"),  # of which there are 2
-        ({"audio_config.d_model": 2, "audio_config.encoder_attention_heads": 2}, "d_model"),  # its half less 1 divides
+        (
+            {"audio_config.d_model": 2, "audio_config.encoder_attention_heads": 2},
+            "d_model",
+        ),  # its half less 1 divides
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(sizes, pattern, checkpoint, refused):
@@ -220,7 +277,9 @@ def test_sizes_that_do_not_go_together_are_refused(sizes, pattern, checkpoint, r
     refused(checkpoint, pattern)
 
 
-@pytest.mark.parametrize("key", ["audio_token_id", "audio_start_id", "audio_end_id", "eos_token_id"])
+@pytest.mark.parametrize(
+    "key", ["audio_token_id", "audio_start_id", "audio_end_id", "eos_token_id"]
+)
 def test_an_id_past_the_vocabulary_is_refused(key, checkpoint, refused):
     name = "generation_config.json" if key == "eos_token_id" else "processor_config.json"
     edit_json(checkpoint / name, **{key: 320})
@@ -234,7 +293,9 @@ def test_keys_in_other_places_than_their_own_are_ignored(checkpoint):
     assert read_config(checkpoint) == read_config(FOLDER)
 
 
-def test_without_processor_config_the_released_ids_are_taken_which_this_vocabulary_lacks(checkpoint, refused):
+def test_without_processor_config_the_released_ids_are_taken_which_this_vocabulary_lacks(
+    checkpoint, refused
+):
     (checkpoint / "processor_config.json").unlink()
     refused(checkpoint, "vocab_size|320")
 
@@ -304,13 +365,19 @@ def test_a_spoilt_shard_is_named(name, spoil, checkpoint, refused):
     refused(checkpoint, name)
 
 
-@pytest.mark.parametrize("name", ["absent.safetensors", "config.json", 5, None, "", ".", "a\0b", [5], {}], ids=str)
+@pytest.mark.parametrize(
+    "name", ["absent.safetensors", "config.json", 5, None, "", ".", "a\0b", [5], {}], ids=str
+)
 def test_an_index_that_names_no_shard_is_refused(name, checkpoint, refused):
     point_to(checkpoint, name)
     refused(checkpoint, name if name in ("absent.safetensors", "config.json") else "")
 
 
-NOT_IN_THE_FOLDER = ["../outside.safetensors", "{parent}/outside.safetensors", f"../checkpoint/{SHARDS[1]}"]
+NOT_IN_THE_FOLDER = [
+    "../outside.safetensors",
+    "{parent}/outside.safetensors",
+    f"../checkpoint/{SHARDS[1]}",
+]
 
 
 @pytest.mark.parametrize("name", NOT_IN_THE_FOLDER)
@@ -341,7 +408,10 @@ def test_missing_unexpected_and_misshaped_tensors_are_named_in_one_message(check
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float64, torch.float8_e4m3fn])
 def test_a_tensor_of_a_type_that_no_release_has_is_named(dtype, checkpoint, refused):
-    rewrite(checkpoint, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(dtype)}))
+    rewrite(
+        checkpoint,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(dtype)}),
+    )
     refused(checkpoint, "lm_head.weight")
 
 
@@ -351,7 +421,12 @@ def test_an_index_goes_before_a_lone_file(checkpoint):
 
 
 def test_inv_timescales_of_a_reexport_are_ignored(checkpoint):
-    rewrite(checkpoint, lambda tensors: tensors.update({"audio_encoder.embed_positions.inv_timescales": torch.ones(3)}))
+    rewrite(
+        checkpoint,
+        lambda tensors: tensors.update(
+            {"audio_encoder.embed_positions.inv_timescales": torch.ones(3)}
+        ),
+    )
     assert answer(MossAudio.from_pretrained(checkpoint, device="cpu")) == ANSWER
 
 
@@ -372,8 +447,21 @@ def test_a_missing_tokenizer_file_is_named(name, checkpoint, refused):
 
 
 DAMAGED = {
-    "vocab.json": [b"", b"{}", b"[]", b'{"!": "0"}', b'{"!": -1}', b'{"a": 0', "{'é': 0}".encode("latin-1")],
-    "merges.txt": [b"", b"#version: 0.2\nabc\n", b"#version: 0.2\nno such\n", "é ü".encode("latin-1")],
+    "vocab.json": [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"!": "0"}',
+        b'{"!": -1}',
+        b'{"a": 0',
+        "{'é': 0}".encode("latin-1"),
+    ],
+    "merges.txt": [
+        b"",
+        b"#version: 0.2\nabc\n",
+        b"#version: 0.2\nno such\n",
+        "é ü".encode("latin-1"),
+    ],
     "tokenizer_config.json": [
         b"{}",
         b'{"added_tokens_decoder": null}',
@@ -387,7 +475,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("name, content", [(name, content) for name in DAMAGED for content in DAMAGED[name]], ids=str)
+@pytest.mark.parametrize(
+    "name, content", [(name, content) for name in DAMAGED for content in DAMAGED[name]], ids=str
+)
 def test_a_damaged_tokenizer_file_is_refused(name, content, checkpoint, refused):
     (checkpoint / name).write_bytes(content)
     refused(checkpoint, "tokenizer")
@@ -395,7 +485,10 @@ def test_a_damaged_tokenizer_file_is_refused(name, content, checkpoint, refused)
 
 def test_a_tokenizer_with_ids_past_the_vocabulary_is_refused(checkpoint, refused):
     added = json.loads((checkpoint / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    edit_json(checkpoint / "tokenizer_config.json", added_tokens_decoder=added | {"320": {"content": "<|more|>"}})
+    edit_json(
+        checkpoint / "tokenizer_config.json",
+        added_tokens_decoder=added | {"320": {"content": "<|more|>"}},
+    )
     refused(checkpoint, "320")
 
 
@@ -461,7 +554,11 @@ def test_an_array_that_is_no_sound_is_refused(array):
         (PLACEHOLDER, 0, "placeholder"),
         (PLACEHOLDER, 2, "placeholder"),
         (PLACEHOLDER * 2, 1, "placeholder"),
-        *[(piece, clips, piece) for piece in ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>") for clips in (0, 1)],
+        *[
+            (piece, clips, piece)
+            for piece in ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+            for clips in (0, 1)
+        ],
         (PLACEHOLDER + "<|AUDIO|>", 1, "<|AUDIO|>"),
         ("<|audio_bos|><|audio_eos|>", 1, "<|audio_bos|>"),
         ("<|vision_pad|>", 0, "token"),
@@ -481,7 +578,9 @@ def test_a_prompt_that_is_no_unicode_is_refused(complaint):
 
 def test_a_placeholder_may_have_several_audio_pieces():
     several = "<|audio_bos|><|AUDIO|><|AUDIO|><|AUDIO|><|audio_eos|>"
-    one, three = (golden_model().prompt(text, [JFK]).ids.tolist() for text in (PLACEHOLDER, several))
+    one, three = (
+        golden_model().prompt(text, [JFK]).ids.tolist() for text in (PLACEHOLDER, several)
+    )
     assert one == three
 
 
@@ -493,7 +592,9 @@ def with_positions(checkpoint, count: int) -> MossAudio:
 TOKENS = len(HELLO.tensors["input_ids"])  # 54
 
 
-def test_a_prompt_of_as_many_tokens_as_positions_fits_for_study_but_not_to_generate(checkpoint, complaint):
+def test_a_prompt_of_as_many_tokens_as_positions_fits_for_study_but_not_to_generate(
+    checkpoint, complaint
+):
     model = with_positions(checkpoint, TOKENS)
     prompt = model.prompt(HELLO.text)
     assert model(prompt).shape == (TOKENS, 320)
@@ -520,13 +621,17 @@ def test_max_new_tokens_that_just_fits_is_not_warned_of(checkpoint):
         assert answer(model, max_new_tokens=10) == ANSWER[:10]
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_the_numbers_before_a_mel_is_made(checkpoint, complaint, monkeypatch):
+def test_a_prompt_that_is_too_long_is_refused_with_the_numbers_before_a_mel_is_made(
+    checkpoint, complaint, monkeypatch
+):
     case = golden_case("short")
     tokens = len(case.tensors["input_ids"])
     write_sound(checkpoint / "clip.wav", case.clips[0])
     model = with_positions(checkpoint, tokens - 1)
     monkeypatch.setattr(moss_min, "log_mel", None)
-    line = complaint(checkpoint / "clip.wav", "--prompt", case.text, "--model", checkpoint, "--quiet")
+    line = complaint(
+        checkpoint / "clip.wav", "--prompt", case.text, "--model", checkpoint, "--quiet"
+    )
     for said in sentence(model.prompt, case.text, case.clips), line:
         assert re.search(rf"\b{tokens}\b.*\b{tokens - 1}\b", said)
 
@@ -552,7 +657,9 @@ def test_a_sampling_argument_out_of_range_is_refused_when_generate_is_called(nam
     assert name in said and str(value) in said and "expected" in said
 
 
-@pytest.mark.parametrize("name, value", [case for case in SAMPLING_CASES if type(case[1]) in (int, float)])
+@pytest.mark.parametrize(
+    "name, value", [case for case in SAMPLING_CASES if type(case[1]) in (int, float)]
+)
 def test_a_sampling_option_out_of_range_is_refused(name, value, complaint):
     option = "--" + name.replace("_", "-")
     said = complaint("--model", FOLDER, "--prompt", "Hello", "--quiet", f"{option}={value}")
@@ -583,14 +690,20 @@ def test_a_sampling_argument_at_the_edge_of_its_range_is_accepted(name, value):
 @draws_as_upstream
 def test_numpy_numbers_are_numbers():
     model, case = golden_model(), golden_case("sampled")
-    given = {"max_new_tokens": np.int64(32), "temperature": np.float64(0.8), "top_p": np.float64(0.9)}
+    given = {
+        "max_new_tokens": np.int64(32),
+        "temperature": np.float64(0.8),
+        "top_p": np.float64(0.9),
+    }
     given |= {"top_k": np.int32(20), "seed": np.int64(1234), "thinking_budget": np.uint8(200)}
     ids = list(model.generate(model.prompt(case.text, case.clips), **given))
     assert ids == case.tensors["generated"].tolist()
 
 
 DEVICES = ["banana", "", "meta", "cuda:99"]
-DEVICES += ["cuda"] * (not torch.cuda.is_available()) + ["mps"] * (not torch.backends.mps.is_available())
+DEVICES += ["cuda"] * (not torch.cuda.is_available()) + ["mps"] * (
+    not torch.backends.mps.is_available()
+)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -610,5 +723,7 @@ def test_what_is_no_sound_is_named_without_where_it_lies_in_memory(tmp_path, mon
     monkeypatch.setattr("shutil.which", lambda program: None)
     path = tmp_path / "text.wav"
     path.write_text("RIFF, so to speak")
-    with pytest.raises(ValueError, match=r"text\.wav: [^<]+\. For other formats an ffmpeg on the PATH is needed$"):
+    with pytest.raises(
+        ValueError, match=r"text\.wav: [^<]+\. For other formats an ffmpeg on the PATH is needed$"
+    ):
         encoder.load_audio(path)

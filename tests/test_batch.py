@@ -86,7 +86,11 @@ def test_answers_are_those_of_one_by_one_in_the_manifests_order_for_any_batch(fo
     answers = parsed(answered(folder, "--greedy", "--batch", size))
     assert [answer["id"] for answer in answers] == IDS
     for i, answer in enumerate(answers):
-        assert "error" in answer if answer["id"] == "gone" else answer == {"id": IDS[i], "text": asked(i)}
+        assert (
+            "error" in answer
+            if answer["id"] == "gone"
+            else answer == {"id": IDS[i], "text": asked(i)}
+        )
 
 
 def test_line_n_draws_with_the_seed_plus_n_whatever_its_batch_and_where_the_run_began(folder):
@@ -142,7 +146,16 @@ def test_half_a_line_at_the_end_is_done_again(folder):
     write_manifest(folder, [LINES[5], LINES[6]])
     whole = answered(folder)
     last, character = whole.index(b"\n") + 1, whole.index("卡".encode())
-    for cut in (0, last - 1, last + 1, last + 9, character + 1, character + 2, len(whole) - 2, len(whole) - 1):
+    for cut in (
+        0,
+        last - 1,
+        last + 1,
+        last + 9,
+        character + 1,
+        character + 2,
+        len(whole) - 2,
+        len(whole) - 1,
+    ):
         (folder / "out.jsonl").write_bytes(whole[:cut])
         assert answered(folder) == whole, cut
 
@@ -181,10 +194,20 @@ def test_a_clip_that_fails_is_an_error_until_it_is_retried(folder):
     long = "seven " * tiny().config.decoder.max_position_embeddings
     soundfile.write(folder / "short.wav", [0.0] * 80, 16_000)
     (folder / "text.wav").write_text("no sound")
-    bad = [{"audio": "short.wav"}, {"audio": "text.wav"}, {"audio": "."}, {"audio": "\0"}, {"prompt": long}]
+    bad = [
+        {"audio": "short.wav"},
+        {"audio": "text.wav"},
+        {"audio": "."},
+        {"audio": "\0"},
+        {"prompt": long},
+    ]
     write_manifest(folder, [LINES[0], *bad, LINES[3], LINES[4]])
     first = answered(folder)
-    assert [{*answer} for answer in parsed(first)] == [{"id", "text"}, *[{"id", "error"}] * 6, {"id", "text"}]
+    assert [{*answer} for answer in parsed(first)] == [
+        {"id", "text"},
+        *[{"id", "error"}] * 6,
+        {"id", "text"},
+    ]
     assert "nowhere.wav: No such file" in parsed(first)[6]["error"]
     shutil.copyfile(TINY / "whistle.wav", folder / "nowhere.wav")
     assert answered(folder) == first
@@ -226,7 +249,9 @@ def test_a_bug_ends_the_run_and_is_no_answer(folder, fails):
 
 
 @pytest.mark.parametrize("cpu", [False, True])
-def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(folder, fails, capsys, cpu):
+def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(
+    folder, fails, capsys, cpu
+):
     fault = torch.OutOfMemoryError("all 80 GiB")
     if cpu:
         with pytest.raises(RuntimeError) as caught:
@@ -256,12 +281,17 @@ def test_no_memory_for_a_batch_ends_the_run_and_for_one_line_is_its_error(folder
         ('{"audio": "a", "prompt": ["b"]}', "line 1: prompt is ['b']; expected a string"),
         ('{"audio": "a", "id": 1.0}', "line 1: id is 1.0; expected a string or whole number"),
         ('{"audio": "a", "id": true}', "line 1: id is True; expected a string or whole number"),
-        ('{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}', "line 3: id 'x' is given twice"),
+        (
+            '{"prompt": "a", "id": "x"}\n\n{"prompt": "b", "id": "x"}',
+            "line 3: id 'x' is given twice",
+        ),
         ('{"prompt": "a", "id": 2}\n{"prompt": "b"}', "line 2: id 2 is given twice"),
         ("\n\n", "no lines"),
     ],
 )
-def test_a_bad_manifest_is_refused_with_the_lines_number_before_anything_is_loaded(folder, text, said, capsys):
+def test_a_bad_manifest_is_refused_with_the_lines_number_before_anything_is_loaded(
+    folder, text, said, capsys
+):
     (folder / "in.jsonl").write_text(text)
     assert batch.main(arguments(folder, "--model", folder / "no model")) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -290,17 +320,25 @@ def test_bad_options_are_refused_before_anything_is_loaded(folder, options, said
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b'{"id": "w", "text": ""}\n{"id": 2, "text": ""}\n', "line 2: id 2 is not in the manifest"),
+        (
+            b'{"id": "w", "text": ""}\n{"id": 2, "text": ""}\n',
+            "line 2: id 2 is not in the manifest",
+        ),
         (b'{"id": true, "text": ""}\n', "line 1: id True is not in the manifest"),
         (b'{"id": ["w"], "text": ""}\n', "line 1: id ['w'] is not in the manifest"),
         (b'{"id": "w"}\n', "line 1 is no"),
         (b'{"id": "w", "text": "", "error": ""}\n', "line 1 is no"),
-        (b'{"id": "w", "te\n{"id": 1, "text": ""}\n', "line 1 is no"),  # half a line, but not at the end
+        (
+            b'{"id": "w", "te\n{"id": 1, "text": ""}\n',
+            "line 1 is no",
+        ),  # half a line, but not at the end
         (b"RIFF\x00\x01 a sound", "line 1 is no"),
         (json.dumps(LINES[0]).encode(), "line 1 is no"),  # the manifest
     ],
 )
-def test_an_out_file_of_anything_but_answers_to_the_manifest_is_refused_and_left_alone(folder, data, said, capsys):
+def test_an_out_file_of_anything_but_answers_to_the_manifest_is_refused_and_left_alone(
+    folder, data, said, capsys
+):
     (folder / "out.jsonl").write_bytes(data)
     assert batch.main(arguments(folder)) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -317,7 +355,9 @@ def test_parts_of_any_number_of_killed_processes_are_merged_before_a_run_begins(
     (folder / "out.jsonl").write_bytes(was[1])
     (folder / "out.jsonl.part-0").write_bytes(lines[6] + lines[0])
     (folder / "out.jsonl.part-1").write_bytes(was[0] + lines[3][:9])  # half a line
-    (folder / "out.jsonl.part-12").write_bytes(lines[4])  # of a line that is answered already: the first answer counts
+    (folder / "out.jsonl.part-12").write_bytes(
+        lines[4]
+    )  # of a line that is answered already: the first answer counts
     (folder / "out.jsonl.new").write_bytes(lines[4][:20])  # killed while it merged
     lines[1], lines[4] = was
     assert answered(folder) == b"".join(lines)
@@ -326,13 +366,25 @@ def test_parts_of_any_number_of_killed_processes_are_merged_before_a_run_begins(
 def test_a_part_that_is_not_found_at_the_end_is_no_success(folder, monkeypatch, capsys):
     monkeypatch.setattr(batch, "answer_all", lambda *_: None)
     assert batch.main(arguments(folder)) == 2
-    assert "0 of 7 lines are answered" in (err := capsys.readouterr().err) and "a part is missing" in err
+    assert (
+        "0 of 7 lines are answered" in (err := capsys.readouterr().err)
+        and "a part is missing" in err
+    )
 
 
 def torchrun(processes: int, script: Path, *argv) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, script, *argv], capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(
+        [*launcher, script, *argv], capture_output=True, text=True, env=environment, timeout=120
+    )
 
 
 KILLED = """import os, signal, sys

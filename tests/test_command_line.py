@@ -72,16 +72,31 @@ def test_without_a_sound_the_prompt_is_a_question_of_text_alone(said):
 def test_sampling_options_and_seed_give_upstreams_draws_for_the_default_prompt(tmp_path, said):
     case = golden_case("sampled")  # its text is "Describe this audio."
     clip = write_clip(tmp_path / "clip.wav", case.clips[0])
-    options = "--temperature", 0.8, "--top-p", 0.9, "--top-k", 20, "--seed", 1234, "--max-new-tokens", 32
+    options = (
+        "--temperature",
+        0.8,
+        "--top-p",
+        0.9,
+        "--top-k",
+        20,
+        "--seed",
+        1234,
+        "--max-new-tokens",
+        32,
+    )
     out, err = said(clip, *options)
     assert out == case.answer + "\n"
-    assert f"{len(case.tensors['input_ids'])} tokens" in err  # a full stop more or less changes no draw here
+    assert (
+        f"{len(case.tensors['input_ids'])} tokens" in err
+    )  # a full stop more or less changes no draw here
 
 
 def test_no_time_markers_leaves_them_out(tmp_path, said):
     case = golden_case("no_markers")
     clip = write_clip(tmp_path / "clip.wav", case.clips[0])
-    out, _ = said(clip, "--prompt", case.text, "--greedy", "--max-new-tokens", 24, "--no-time-markers")
+    out, _ = said(
+        clip, "--prompt", case.text, "--greedy", "--max-new-tokens", 24, "--no-time-markers"
+    )
     assert out == case.answer + "\n"
 
 
@@ -102,13 +117,17 @@ def test_several_sounds_are_clips_in_order_on_the_users_line(tmp_path, said):
     )
     wanted, outs = [], []
     for clips in [JFK, chirp], [chirp, JFK]:
-        wanted.append(golden_model().ask(clips, whole_prompt, temperature=0, max_new_tokens=8) + "\n")
+        wanted.append(
+            golden_model().ask(clips, whole_prompt, temperature=0, max_new_tokens=8) + "\n"
+        )
         outs.append(said(*clips, "--prompt", "Compare.", "--greedy", "--max-new-tokens", 8)[0])
     assert outs == wanted and wanted[0] != wanted[1]
 
 
 def test_a_seed_repeats_an_answer_and_another_one_does_not(said):
-    first, again, other = (said("--prompt", "Hi", "--max-new-tokens", 8, "--seed", seed)[0] for seed in (1, 1, 2))
+    first, again, other = (
+        said("--prompt", "Hi", "--max-new-tokens", 8, "--seed", seed)[0] for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
@@ -144,7 +163,9 @@ def test_the_answer_streams_in_whole_characters(tmp_path, monkeypatch):
     case = golden_case("short")
     clip = write_clip(tmp_path / "clip.wav", case.clips[0])
     stdout = Writes()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(stdout), encoding="utf-8"))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BufferedWriter(stdout), encoding="utf-8")
+    )
     assert main(arguments(clip, "--greedy", "--max-new-tokens", 24)) == 0
     texts = [chunk.decode() for chunk in stdout.chunks]  # half a character would not decode
     assert "".join(texts) == case.answer + "\n"
@@ -172,7 +193,12 @@ def test_stderr_tells_how_far_a_long_sound_is_unless_quiet(speech, said, monkeyp
     monkeypatch.setattr(sample, "SLICE", 400)
     _, err = said(speech, "--greedy", "--max-new-tokens", 1)
     n = re.search(r"^prompt: (\d+) tokens$", err, re.MULTILINE)[1]
-    told = ["encoding: 32 of 44 s", "encoding: 44 of 44 s", f"prompt: 400 of {n} tokens", f"prompt: {n} of {n} tokens"]
+    told = [
+        "encoding: 32 of 44 s",
+        "encoding: 44 of 44 s",
+        f"prompt: 400 of {n} tokens",
+        f"prompt: {n} of {n} tokens",
+    ]
     assert re.findall(r"^\w+: \d+ of .*", err, re.MULTILINE) == told
     assert said(speech, "--greedy", "--max-new-tokens", 1, "--quiet")[1] == ""
 
@@ -191,7 +217,9 @@ def test_the_options_ask_for_a_cuda_graph_unless_it_is_switched_off(argv, cuda_g
 
 
 @either_way
-def test_whether_a_cuda_graph_is_asked_for_reaches_the_generation(argv, cuda_graph, said, monkeypatch):
+def test_whether_a_cuda_graph_is_asked_for_reaches_the_generation(
+    argv, cuda_graph, said, monkeypatch
+):
     given = []
 
     def spy(model, prompt, sampling, cuda_graph, report):
@@ -241,7 +269,16 @@ def start(*argv, **options) -> subprocess.Popen:
 
 def test_a_dash_reads_a_sound_from_a_pipe(speech):
     case = golden_case("long")
-    process = start("-", "--prompt", case.text, "--greedy", "--max-new-tokens", 16, "--quiet", stdin=subprocess.PIPE)
+    process = start(
+        "-",
+        "--prompt",
+        case.text,
+        "--greedy",
+        "--max-new-tokens",
+        16,
+        "--quiet",
+        stdin=subprocess.PIPE,
+    )
     out, err = process.communicate(speech.read_bytes())
     assert (process.returncode, out.decode(), err) == (0, case.answer + "\n", b"")
 
@@ -258,7 +295,11 @@ def test_what_stdout_can_not_encode_becomes_question_marks():
     options = "--prompt", case.text, "--greedy", "--max-new-tokens", 24, "--quiet"
     process = start(*options, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     out, err = process.communicate()
-    assert (process.returncode, out, err) == (0, case.answer.encode("ascii", "replace") + b"\n", b"")
+    assert (process.returncode, out, err) == (
+        0,
+        case.answer.encode("ascii", "replace") + b"\n",
+        b"",
+    )
 
 
 def test_a_closed_pipe_ends_the_process_quietly(tmp_path):
@@ -272,7 +313,9 @@ def test_a_closed_pipe_ends_the_process_quietly(tmp_path):
 @pytest.fixture(scope="module")
 def interrupted():
     """Ctrl-C once the first 24 tokens are on stdout: their text, and the process's status, stdout and stderr."""
-    text = golden_model().ask([], ENDLESS, temperature=0, max_new_tokens=24).rstrip("\ufffd")  # half a character waits
+    text = (
+        golden_model().ask([], ENDLESS, temperature=0, max_new_tokens=24).rstrip("\ufffd")
+    )  # half a character waits
     process = start("--prompt", ENDLESS, "--greedy", "--max-new-tokens", 100_000, "--quiet")
     first = process.stdout.read(len(text.encode()))
     process.send_signal(signal.SIGINT)
@@ -302,7 +345,9 @@ def test_ctrl_c_during_the_imports_ends_quietly(tmp_path):
 
 
 def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(moss_min.MossAudio, "generate", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr(
+        moss_min.MossAudio, "generate", lambda *_, **__: torch.empty(2**60, dtype=torch.uint8)
+    )
     assert moss_min.main(["--quiet"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moss_min: ") and "can't allocate memory" in line

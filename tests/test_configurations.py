@@ -30,7 +30,9 @@ def random_checkpoint(folder: Path, dtype=torch.bfloat16, shards=1, **values) ->
         shapes = MossAudio(read_config(folder), load_tokenizer(folder)).state_dict()
     weights = {}
     for name, like in shapes.items():
-        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+        noise = torch.randn(
+            like.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        )
         scale = like[0].numel() ** -0.5 if like.ndim > 1 else 0.25
         weights[name] = (noise * scale + name.endswith("norm.weight")).to(dtype)
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -38,7 +40,9 @@ def random_checkpoint(folder: Path, dtype=torch.bfloat16, shards=1, **values) ->
         names = ["model.safetensors"]
     weight_map = {name: names[i * shards // len(weights)] for i, name in enumerate(weights)}
     for shard in names:
-        save_file({name: weights[name] for name in weights if weight_map[name] == shard}, folder / shard)
+        save_file(
+            {name: weights[name] for name in weights if weight_map[name] == shard}, folder / shard
+        )
     if shards > 1:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
@@ -78,7 +82,11 @@ def test_out_proj_comes_before_the_adapter_and_every_merger(random_model):
     apart, folded = random_model(**{"audio_config.output_dim": 40}), random_model()
     out_proj = apart.audio_encoder.out_proj.weight  # [40, 48]
     projectors = ["audio_adapter", *(f"{MERGERS}.{k}" for k in range(3))]
-    names = [f"{projector}.{part}.weight" for projector in projectors for part in ("gate_proj", "up_proj")]
+    names = [
+        f"{projector}.{part}.weight"
+        for projector in projectors
+        for part in ("gate_proj", "up_proj")
+    ]
     first = {name: apart.get_parameter(name) @ out_proj for name in names}
     assert_close(with_weights(folded, **first)(three_chunks(folded)), apart(three_chunks(apart)))
 
@@ -92,7 +100,9 @@ def test_a_key_value_head_serves_its_group_of_query_heads(groups, random_model):
         for name, weight in grouped.state_dict().items()
         if name.startswith("language_model") and name.endswith(("k_proj.weight", "v_proj.weight"))
     }
-    assert_close(with_weights(single, **repeated)(three_chunks(single)), grouped(three_chunks(grouped)))
+    assert_close(
+        with_weights(single, **repeated)(three_chunks(single)), grouped(three_chunks(grouped))
+    )
 
 
 # ---- taps ----
@@ -104,7 +114,9 @@ def test_injecting_fewer_taps_is_injecting_zeros_for_the_last_ones(used, random_
     logits = whole(three_chunks(whole))
     zeros = {f"{MERGERS}.{k}.down_proj.weight": torch.zeros(64, 80) for k in range(used, 3)}
     assert not torch.equal(fewer(three_chunks(fewer)), logits)
-    assert torch.equal(fewer(three_chunks(fewer)), with_weights(whole, **zeros)(three_chunks(whole)))
+    assert torch.equal(
+        fewer(three_chunks(fewer)), with_weights(whole, **zeros)(three_chunks(whole))
+    )
 
 
 def test_having_no_taps_is_injecting_none(random_model):
@@ -118,8 +130,12 @@ def test_taps_keep_the_order_in_which_they_are_listed(random_model):
     sorted_.deepstack_audio_merger_list = torch.nn.ModuleList([mergers[1], mergers[2], mergers[0]])
     prompt = three_chunks(listed)
     x, (after_1, after_3, after_4) = sorted_.embed(prompt)
-    assert torch.equal(torch.stack(listed.embed(prompt)[1]), torch.stack([after_4, after_1, after_3]))
-    hidden = listed.language_model(x, torch.arange(x.shape[1])[None], deepstack=[after_4, after_1, after_3])
+    assert torch.equal(
+        torch.stack(listed.embed(prompt)[1]), torch.stack([after_4, after_1, after_3])
+    )
+    hidden = listed.language_model(
+        x, torch.arange(x.shape[1])[None], deepstack=[after_4, after_1, after_3]
+    )
     assert torch.equal(listed(prompt), listed.lm_head(hidden)[0])
     assert not torch.equal(listed(prompt), sorted_(prompt))
 
@@ -127,7 +143,9 @@ def test_taps_keep_the_order_in_which_they_are_listed(random_model):
 # ---- chunks ----
 
 
-@pytest.mark.parametrize("n_window, tokens", [(200, 2 * 50 + 18), (100, 4 * 25 + 18), (50, 9 * 13 + 5)])
+@pytest.mark.parametrize(
+    "n_window, tokens", [(200, 2 * 50 + 18), (100, 4 * 25 + 18), (50, 9 * 13 + 5)]
+)
 def test_audio_tokens_are_rounded_up_in_every_chunk(n_window, tokens, random_model):
     model = random_model(**{"audio_config.n_window": n_window})
     prompt = three_chunks(model)
@@ -150,7 +168,9 @@ def test_a_whole_chunk_is_encoded_as_if_it_were_alone(n_window, random_model, me
 def test_encoding_a_few_chunks_at_a_time_changes_no_number(size, random_model):
     few = random_model(**{"audio_config.n_window": 100, "audio_config.conv_chunksize": size})
     all_at_once = random_model(**{"audio_config.n_window": 100})
-    assert_close(few(three_chunks(few)), all_at_once(three_chunks(all_at_once)))  # 5 chunks, the last a tail
+    assert_close(
+        few(three_chunks(few)), all_at_once(three_chunks(all_at_once))
+    )  # 5 chunks, the last a tail
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -159,7 +179,9 @@ def test_nothing_crosses_a_chunk(changed, mel):
     other = mel.clone()
     other[:, 400 * changed : 400 * (changed + 1)] += 0.5
     rows = slice(50 * changed, 50 * (changed + 1))
-    for before, after in zip(*([output, *taps] for output, taps in (encoder([mel]), encoder([other])))):
+    for before, after in zip(
+        *([output, *taps] for output, taps in (encoder([mel]), encoder([other])))
+    ):
         same = (before == after).all(dim=1)
         assert not same[rows].any() and same[: rows.start].all() and same[rows.stop :].all()
 
@@ -176,7 +198,9 @@ def test_a_clip_is_padded_with_zeros_to_the_longest_chunk_of_all_clips(mel):
     encoder, tail, longer = golden_model().audio_encoder, mel[:, -137:], mel[:, :140]
     together = encoder([tail, longer])[0][:18]
     assert_close(together, encoder([F.pad(tail, (0, 3))])[0])  # of 18 tokens too
-    assert distance(encoder([tail])[0], together) > 1e-3  # upstream's arithmetic: the padding is felt
+    assert (
+        distance(encoder([tail])[0], together) > 1e-3
+    )  # upstream's arithmetic: the padding is felt
 
 
 # ---- shards and types ----
@@ -185,11 +209,15 @@ def test_a_clip_is_padded_with_zeros_to_the_longest_chunk_of_all_clips(mel):
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_every_weight_loads_as_the_number_in_its_shard_rounded_once(shards, stored, target, tmp_path):
+def test_every_weight_loads_as_the_number_in_its_shard_rounded_once(
+    shards, stored, target, tmp_path
+):
     folder = random_checkpoint(tmp_path / "checkpoint", stored, shards)
     files = list(folder.glob("*.safetensors"))
     numbers = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    loaded = MossAudio.from_pretrained(folder, "cpu", str(target).removeprefix("torch.")).state_dict()
+    loaded = MossAudio.from_pretrained(
+        folder, "cpu", str(target).removeprefix("torch.")
+    ).state_dict()
     assert len(files) == shards and loaded.keys() == numbers.keys()
     assert all(torch.equal(loaded[name], numbers[name].to(target)) for name in numbers)
     assert {tensor.dtype for tensor in loaded.values()} == {target}
@@ -213,7 +241,14 @@ def test_dtype_auto_is_that_of_lm_head_but_float32_on_a_cpu(tmp_path):
     assert {tensor.dtype for tensor in model.parameters()} == {expected}
 
 
-ROUNDINGS = {"encoder.stem": 1.2, "encoder": 3.3, "adapter": 4.5, "deepstack.0": 4.9, "final_norm": 5.2, "logits": 5.4}
+ROUNDINGS = {
+    "encoder.stem": 1.2,
+    "encoder": 3.3,
+    "adapter": 4.5,
+    "deepstack.0": 4.9,
+    "final_norm": 5.2,
+    "logits": 5.4,
+}
 
 
 @pytest.mark.parametrize("name", ["short", "three_chunks", "two_audios", "variant"])
@@ -228,7 +263,9 @@ def test_a_low_precision_strays_from_float32_by_a_few_roundings(dtype, bits, nam
     model = golden_model(case.checkpoint, dtype)
     stages = stages_of(model, model.prompt(case.text, case.clips, case.time_markers))
     for key, roundings in ROUNDINGS.items():
-        assert 0.7 < distance(stages[key], case.tensors[key]) * 2 ** (bits + 1) / roundings < 1.15, key
+        assert (
+            0.7 < distance(stages[key], case.tensors[key]) * 2 ** (bits + 1) / roundings < 1.15
+        ), key
 
 
 # ---- what a folder may lack ----
@@ -254,12 +291,22 @@ def test_without_processor_config_the_audio_ids_are_the_released_ones(checkpoint
     (checkpoint / "processor_config.json").unlink()
     edit_json(checkpoint / "config.json", **{"language_config.vocab_size": 151_671})
     adapter = read_config(checkpoint).adapter
-    assert (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id) == (151_654, 151_669, 151_670)
+    assert (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id) == (
+        151_654,
+        151_669,
+        151_670,
+    )
     assert adapter.enable_time_marker
 
 
 def test_other_keys_are_ignored(checkpoint):
     config = read_config(checkpoint)
-    edit_json(checkpoint / "config.json", hidden_size=7, output_dim=7, n_window=7, **{"language_config.output_dim": 7})
+    edit_json(
+        checkpoint / "config.json",
+        hidden_size=7,
+        output_dim=7,
+        n_window=7,
+        **{"language_config.output_dim": 7},
+    )
     edit_json(checkpoint / "processor_config.json", hidden_size=7)
     assert read_config(checkpoint) == config

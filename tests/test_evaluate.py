@@ -18,7 +18,11 @@ sys.path.insert(0, str(TOOL.parent))
 import evaluate  # noqa: E402
 from evaluate import Line, align, edit_distance, main, score, split_words, stamped_words  # noqa: E402
 
-PLAIN, STAMPED, QUESTION = "Transcribe the audio.", "Transcribe the audio with timestamps.", 'When is "seven" said?'
+PLAIN, STAMPED, QUESTION = (
+    "Transcribe the audio.",
+    "Transcribe the audio with timestamps.",
+    'When is "seven" said?',
+)
 MODEL = "--model", GOLDEN / "checkpoint", "--device", "cpu", "--max-new-tokens", "8"
 NOTHING = {"n": 0, "wer": None, "cer": None, "aas_ms": None, "matched": None, "accuracy": None}
 
@@ -94,7 +98,11 @@ def slow_distance(a, b) -> int:
     def distance(i, j):
         if i == 0 or j == 0:
             return i + j
-        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+        return min(
+            distance(i - 1, j) + 1,
+            distance(i, j - 1) + 1,
+            distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]),
+        )
 
     return distance(len(a), len(b))
 
@@ -103,7 +111,11 @@ def test_edit_distance_is_that_of_its_recursive_definition():
     draw = random.Random(0)
     for _ in range(300):
         a, b = (draw.choices("abc", k=draw.randrange(9)) for _ in range(2))
-        assert edit_distance(a, b) == slow_distance(a, b) == align(*(stamped_words(" ".join(x)) for x in (a, b)))[0]
+        assert (
+            edit_distance(a, b)
+            == slow_distance(a, b)
+            == align(*(stamped_words(" ".join(x)) for x in (a, b)))[0]
+        )
 
 
 # ---- times ----
@@ -118,14 +130,21 @@ def test_aas_is_one_mean_over_starts_and_ends_of_matched_words():
 
 def test_aas_is_one_mean_over_all_lines_and_matched_their_share():
     first = "[0.00]go[0.50]", "[0.10]go[0.60]"  # 100, 100
-    second = "[0.00]one[1.00][1.00]two[2.00][2.00]three[3.00]", "[0.01]one[1.03][1.00]too[2.00][2.02]three[3.06]"
+    second = (
+        "[0.00]one[1.00][1.00]two[2.00][2.00]three[3.00]",
+        "[0.01]one[1.03][1.00]too[2.00][2.02]three[3.06]",
+    )
     measures = scored(first, second)  # 10, 30; a word missed; 20, 60
     assert measures["aas_ms"] == pytest.approx((100 + 100 + 10 + 30 + 20 + 60) / 6)
     assert measures["matched"] == pytest.approx(3 / 4)
 
 
 def test_lines_whose_reference_has_no_stamps_do_not_count_for_times():
-    assert scored(("turn left", "[0.48]turn[0.80][0.80]left[1.12]")) == NOTHING | {"n": 1, "wer": 0, "cer": 0}
+    assert scored(("turn left", "[0.48]turn[0.80][0.80]left[1.12]")) == NOTHING | {
+        "n": 1,
+        "wer": 0,
+        "cer": 0,
+    }
     measures = scored(("[0.00]go[0.50]", "[0.10]go[0.60]"), ("turn left", "turn left"))
     assert (measures["aas_ms"], measures["matched"]) == (pytest.approx(100), 1)
 
@@ -137,10 +156,15 @@ def test_an_answer_without_stamps_matches_nothing_in_time():
 def test_a_segments_first_word_has_its_start_and_the_last_its_end_however_the_other_side_is_cut():
     segment = "[0.00]go forward three meters[2.00]"
     words = "[0.10]go[0.50][0.50]forward[1.00][1.00]three[1.50][1.50]meters[2.30]"
-    for pair in (segment, words), (words, segment):  # go starts 100 ms, meters ends 300 ms off: all that both have
+    for pair in (
+        (segment, words),
+        (words, segment),
+    ):  # go starts 100 ms, meters ends 300 ms off: all that both have
         assert scored(pair)["aas_ms"] == pytest.approx(200)
         assert scored(pair)["matched"] == 1
-    assert scored((segment, "[0.10]go forward free meters[2.30]"))["matched"] == pytest.approx(3 / 4)
+    assert scored((segment, "[0.10]go forward free meters[2.30]"))["matched"] == pytest.approx(
+        3 / 4
+    )
 
 
 def test_starts_alone_are_compared_where_ends_are_not_given():
@@ -148,7 +172,10 @@ def test_starts_alone_are_compared_where_ends_are_not_given():
 
 
 def test_words_before_the_first_stamp_have_no_times():
-    words = [(word.text, word.start, word.end) for word in stamped_words("well [0.48]turn[0.80][0.80]left[1.12]")]
+    words = [
+        (word.text, word.start, word.end)
+        for word in stamped_words("well [0.48]turn[0.80][0.80]left[1.12]")
+    ]
     assert words == [("well", None, None), ("turn", 480, 800), ("left", 800, 1120)]
     assert scored(("well [0.00]go[0.50]", "well [0.10]go[0.60]"))["matched"] == 1
 
@@ -163,12 +190,18 @@ def test_of_two_equal_words_the_one_missed_is_that_which_leaves_the_smaller_shif
 def test_of_alignments_with_as_few_edits_the_one_with_more_words_matched_counts():
     # two substitutions, or a deletion, a match of "one" and an insertion
     measures = scored(("[0.00]one[0.40][0.40]two[0.80]", "[0.00]two[0.40][0.40]one[0.80]"))
-    assert (measures["wer"], measures["matched"], measures["aas_ms"]) == (1, 0.5, pytest.approx(400))
+    assert (measures["wer"], measures["matched"], measures["aas_ms"]) == (
+        1,
+        0.5,
+        pytest.approx(400),
+    )
 
 
 def test_equal_words_are_not_matched_out_of_the_alignment():
     # the alignment with the fewest edits pairs the second "go"s: the first was missed, however near its time is
-    measures = scored(("[0.00]go[0.50][0.50]stop[1.00][1.00]go[1.50]", "[0.00]stop[0.50][0.50]go[0.90]"))
+    measures = scored(
+        ("[0.00]go[0.50][0.50]stop[1.00][1.00]go[1.50]", "[0.00]stop[0.50][0.50]go[0.90]")
+    )
     assert measures["matched"] == pytest.approx(2 / 3)
     assert measures["aas_ms"] == pytest.approx((500 + 500 + 500 + 600) / 4)
 
@@ -177,7 +210,12 @@ def test_equal_words_are_not_matched_out_of_the_alignment():
 
 
 def test_accuracy_is_the_share_of_questions_with_the_references_words():
-    pairs = ("A bell.", "a  bell"), ("A bell.", "a whistle"), ("A bell.", "a bell rings"), ("Yes.", "yes")
+    pairs = (
+        ("A bell.", "a  bell"),
+        ("A bell.", "a whistle"),
+        ("A bell.", "a bell rings"),
+        ("Yes.", "yes"),
+    )
     assert scored(*pairs, question=True) == NOTHING | {"n": 4, "accuracy": 0.5}
 
 
@@ -197,7 +235,11 @@ def test_a_questions_time_has_to_be_equal(answer, right):
 
 
 def test_a_questions_time_has_to_be_equal_in_stamps_too():
-    pairs = ("[0.48]seven[0.80]", "[0.48]seven[0.80]"), ("[0.48]seven[0.80]", "[0.48]seven[0.81]"), ("[0.48]", "seven")
+    pairs = (
+        ("[0.48]seven[0.80]", "[0.48]seven[0.80]"),
+        ("[0.48]seven[0.80]", "[0.48]seven[0.81]"),
+        ("[0.48]", "seven"),
+    )
     assert scored(*pairs, question=True)["accuracy"] == pytest.approx(1 / 3)
 
 
@@ -211,8 +253,22 @@ ANSWERS = {1: "turn right", 2: "At 2.1 seconds.", 5: "[0.10]go[0.50]"}  # none t
 SCORES = {
     "all": {"n": 4, "wer": 2 / 4, "cer": 6 / 13, "aas_ms": 50.0, "matched": 1.0, "accuracy": 1.0},
     "prompts": {
-        PLAIN: {"n": 2, "wer": 2 / 3, "cer": 6 / 11, "aas_ms": None, "matched": None, "accuracy": None},
-        QUESTION: {"n": 1, "wer": None, "cer": None, "aas_ms": None, "matched": None, "accuracy": 1.0},
+        PLAIN: {
+            "n": 2,
+            "wer": 2 / 3,
+            "cer": 6 / 11,
+            "aas_ms": None,
+            "matched": None,
+            "accuracy": None,
+        },
+        QUESTION: {
+            "n": 1,
+            "wer": None,
+            "cer": None,
+            "aas_ms": None,
+            "matched": None,
+            "accuracy": 1.0,
+        },
         STAMPED: {"n": 1, "wer": 0.0, "cer": 0.0, "aas_ms": 50.0, "matched": 1.0, "accuracy": None},
     },
 }  # characters: from left to right 4 edits, and the missing "go" 2, of 9 + 2 and, with the last line, 2 more
@@ -247,7 +303,9 @@ def write_lines(path: Path, *lines) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     """LINES in a file, line 4 of which is empty; the sounds are not there."""
-    return write_lines(tmp_path / "test.jsonl", *(data_line(LINES[i]) if i in LINES else "" for i in range(1, 6)))
+    return write_lines(
+        tmp_path / "test.jsonl", *(data_line(LINES[i]) if i in LINES else "" for i in range(1, 6))
+    )
 
 
 @pytest.fixture
@@ -274,14 +332,23 @@ def complaint(capfd):
     def complaint(*argv) -> str:
         assert main([*map(str, argv)]) == 2
         out, err = capfd.readouterr()
-        [line] = [line for line in err.splitlines() if not line.startswith(("loading ", "checked "))]
-        assert out == "" and err.endswith(line + "\n") and line.startswith("evaluate: ") and len(line) < 400
+        [line] = [
+            line for line in err.splitlines() if not line.startswith(("loading ", "checked "))
+        ]
+        assert (
+            out == ""
+            and err.endswith(line + "\n")
+            and line.startswith("evaluate: ")
+            and len(line) < 400
+        )
         return line
 
     return complaint
 
 
-def test_answers_are_scored_without_model_and_sounds_and_json_has_exactly_these_keys(data, answers, said):
+def test_answers_are_scored_without_model_and_sounds_and_json_has_exactly_these_keys(
+    data, answers, said
+):
     out, err = said("--data", data, "--answers", answers, "--json")
     assert json.loads(out) == SCORES
     assert err == ""
@@ -317,14 +384,18 @@ BAD_LINES = {
     "no object": [1],
     "no conversation": {},
     "a conversation of no messages": {"conversation": ["hello"]},
-    "a message without content": {"conversation": [AUDIO, TEXT, {"role": "assistant", "message_type": "text"}]},
+    "a message without content": {
+        "conversation": [AUDIO, TEXT, {"role": "assistant", "message_type": "text"}]
+    },
     "content of another type": {"conversation": [AUDIO, TEXT, message("assistant", "text", 5)]},
     "no audio": {"conversation": [TEXT, ANSWER]},
     "no prompt": {"conversation": [AUDIO, ANSWER]},
     "two prompts": {"conversation": [AUDIO, TEXT, TEXT, ANSWER]},
     "no answer": {"conversation": [AUDIO, TEXT]},
     "an empty answer": {"conversation": [AUDIO, TEXT, message("assistant", "text", " ")]},
-    "a system message": {"conversation": [message("system", "text", "Be brief."), AUDIO, TEXT, ANSWER]},
+    "a system message": {
+        "conversation": [message("system", "text", "Be brief."), AUDIO, TEXT, ANSWER]
+    },
     "another task": GOOD | {"task": "Question"},
 }
 
@@ -398,7 +469,9 @@ def sounds(tmp_path) -> Path:
 
 
 def ask(folder: Path, clips, prompt: str) -> str:
-    return golden_model().ask([folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8)
+    return golden_model().ask(
+        [folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8
+    )
 
 
 def test_a_model_is_scored_on_its_greedy_answers_to_the_sounds_beside_the_data(sounds, said):
@@ -410,7 +483,9 @@ def test_a_model_is_scored_on_its_greedy_answers_to_the_sounds_beside_the_data(s
     out, err = said("--data", sounds / "test.jsonl", *MODEL, "--json")
     assert json.loads(out) == wanted
     assert wanted["all"]["accuracy"] == 1
-    assert {"checked 3 of 3, 0:00:00 left", "answered 3 of 3, 0:00:00 left"} <= set(err.splitlines())
+    assert {"checked 3 of 3, 0:00:00 left", "answered 3 of 3, 0:00:00 left"} <= set(
+        err.splitlines()
+    )
 
 
 def test_progress_tells_the_time_left(monkeypatch, capfd):
@@ -437,7 +512,9 @@ def spoil(folder: Path, kind: str) -> None:
     elif kind == "no sound":
         path.write_bytes(b"RIFF")
     *lines, last = map(json.loads, (folder / "test.jsonl").read_text().splitlines())
-    last["conversation"][0]["content"] = "long" * 999 if kind == "no possible name" else "sounds/third.wav"
+    last["conversation"][0]["content"] = (
+        "long" * 999 if kind == "no possible name" else "sounds/third.wav"
+    )
     if kind == "no Unicode":
         last["conversation"][1]["content"] = "\ud800"
     if kind == "a placeholder too many":
@@ -445,19 +522,28 @@ def spoil(folder: Path, kind: str) -> None:
     (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, last)))
 
 
-MISSING, UNFIT = ["not there", "a folder", "no possible name"], ["no sound", "no Unicode", "a placeholder too many"]
+MISSING, UNFIT = (
+    ["not there", "a folder", "no possible name"],
+    ["no sound", "no Unicode", "a placeholder too many"],
+)
 
 
 @pytest.mark.parametrize("kind", MISSING + UNFIT)
-def test_a_line_that_cannot_be_run_is_named_before_the_first_is(kind, sounds, complaint, monkeypatch):
+def test_a_line_that_cannot_be_run_is_named_before_the_first_is(
+    kind, sounds, complaint, monkeypatch
+):
     spoil(sounds, kind)
     monkeypatch.setattr(evaluate.MossAudio, "ask", lambda *_, **__: pytest.fail("a line was run"))
     if kind in MISSING:
-        monkeypatch.setattr(evaluate.MossAudio, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(
+            evaluate.MossAudio, "from_pretrained", lambda *_: pytest.fail("the model was loaded")
+        )
     assert "1 bad lines: line 3: " in complaint("--data", sounds / "test.jsonl", *MODEL)
 
 
-def test_a_context_that_cuts_answers_short_is_not_told_for_every_line(sounds, checkpoint, said, recwarn):
+def test_a_context_that_cuts_answers_short_is_not_told_for_every_line(
+    sounds, checkpoint, said, recwarn
+):
     edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": 300})
     said("--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu")
     assert recwarn.list == []

@@ -32,7 +32,9 @@ def golden_prompts() -> list[Prompt]:
 def one_by_one(model, prompts, **options) -> list[list[int]]:
     seed = options.pop("seed", None)
     seeds = [None if seed is None else seed + i for i in range(len(prompts))]
-    return [list(model.generate(prompt, seed=own, **options)) for prompt, own in zip(prompts, seeds)]
+    return [
+        list(model.generate(prompt, seed=own, **options)) for prompt, own in zip(prompts, seeds)
+    ]
 
 
 # ---- many rows ----
@@ -51,7 +53,9 @@ def one_by_one(model, prompts, **options) -> list[list[int]]:
 )
 def test_a_batch_gives_each_prompt_the_ids_that_it_has_alone(options):
     model, prompts = golden_model(), golden_prompts()
-    prompts.append(Prompt(torch.tensor(model.tokenizer.encode("<think>1", add_special_tokens=False).ids), []))
+    prompts.append(
+        Prompt(torch.tensor(model.tokenizer.encode("<think>1", add_special_tokens=False).ids), [])
+    )
     options = {"max_new_tokens": 40} | options
     answers = dict(model.generate_batch(prompts, **options))
     assert [answers[i] for i in range(len(prompts))] == one_by_one(model, prompts, **options)
@@ -63,13 +67,18 @@ def test_answers_of_a_batch_come_as_they_end():
     samplings = [Sampling(n, temperature=0) for n in lengths]
     ended = list(generate_batch(model, prompts, samplings))
     assert [i for i, _ in ended] == [3, 1, 0, 4, 2]
-    assert all(ids == one_by_one(model, [prompts[i]], max_new_tokens=lengths[i], temperature=0)[0] for i, ids in ended)
+    assert all(
+        ids == one_by_one(model, [prompts[i]], max_new_tokens=lengths[i], temperature=0)[0]
+        for i, ids in ended
+    )
 
 
 def test_a_batch_draws_with_the_seeds_it_is_given():
     model, prompts = golden_model(), golden_prompts()[:3]
     answers = dict(model.generate_batch(prompts, 12, seed=[5, 9, 2**63]))
-    assert answers == {i: list(model.generate(prompts[i], 12, seed=s)) for i, s in enumerate([5, 9, 2**63])}
+    assert answers == {
+        i: list(model.generate(prompts[i], 12, seed=s)) for i, s in enumerate([5, 9, 2**63])
+    }
 
 
 def test_an_empty_batch_gives_nothing():
@@ -94,7 +103,10 @@ def test_a_batch_refuses_a_seed_that_is_no_whole_number_at_the_call(seed, listed
 
 def test_a_row_of_a_batch_ends_at_the_models_last_position(checkpoint):
     prompts = golden_prompts()
-    edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": len(prompts[2].ids) + 3})
+    edit_json(
+        checkpoint / "config.json",
+        **{"language_config.max_position_embeddings": len(prompts[2].ids) + 3},
+    )
     model = MossAudio.from_pretrained(checkpoint, "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -159,7 +171,9 @@ def tensors(tree) -> list[torch.Tensor]:
 def read_from_outside(calls: list) -> set[int]:
     """The ids of the tensors that the operators read and that none of them gave."""
     given = {id(tensor) for *_, result in calls for tensor in tensors(result)}
-    return {id(tensor) for _, args, kwargs, _ in calls for tensor in tensors((args, kwargs))} - given
+    return {
+        id(tensor) for _, args, kwargs, _ in calls for tensor in tensors((args, kwargs))
+    } - given
 
 
 @torch.no_grad()
@@ -178,9 +192,18 @@ def test_a_step_makes_nothing_on_the_host_and_waits_for_no_value(batch):
             assert step.logits().shape == (batch, config.decoder.vocab_size)
     calls = recorders[0].calls
     assert {tensor.device for _, *call in calls for tensor in tensors(call)} == {meta}
-    indices = [tensor for operator, args, *_ in calls if "index" in str(operator) for tensor in tensors(args[1:2])]
-    assert indices and all(index.dtype == torch.int64 for index in indices)  # of a mask, CUDA reads the size back
-    assert read_from_outside(calls) == read_from_outside(recorders[1].calls)  # else torch.tensor made one anew
+    indices = [
+        tensor
+        for operator, args, *_ in calls
+        if "index" in str(operator)
+        for tensor in tensors(args[1:2])
+    ]
+    assert indices and all(
+        index.dtype == torch.int64 for index in indices
+    )  # of a mask, CUDA reads the size back
+    assert read_from_outside(calls) == read_from_outside(
+        recorders[1].calls
+    )  # else torch.tensor made one anew
 
 
 class Graph:
@@ -210,10 +233,20 @@ def graphs(monkeypatch):
     def capture(graph, stream):
         with Recorder() as recorder:
             yield
-        graph.calls, graph.replays, graph.device, graph.stream = recorder.calls, 0, devices[-1], stream
+        graph.calls, graph.replays, graph.device, graph.stream = (
+            recorder.calls,
+            0,
+            devices[-1],
+            stream,
+        )
         graphs.append(graph)
 
-    fakes = {"CUDAGraph": Graph, "graph": capture, "device": device, "Stream": lambda on: SimpleNamespace(device=on)}
+    fakes = {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "device": device,
+        "Stream": lambda on: SimpleNamespace(device=on),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     sample.capture_stream.cache_clear()
@@ -227,7 +260,9 @@ class HeadOnCUDA(nn.Module):
     def __init__(self, head: Linear):
         super().__init__()
         self.head = head
-        self.weight = SimpleNamespace(is_cuda=True, device=head.weight.device, dtype=head.weight.dtype)
+        self.weight = SimpleNamespace(
+            is_cuda=True, device=head.weight.device, dtype=head.weight.dtype
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(x)
@@ -254,7 +289,9 @@ def chosen_from(monkeypatch) -> dict[int, list[torch.Tensor]]:
     return rows
 
 
-def test_a_captured_step_gives_the_plain_steps_logits_from_one_capture(on_cuda, graphs, chosen_from):
+def test_a_captured_step_gives_the_plain_steps_logits_from_one_capture(
+    on_cuda, graphs, chosen_from
+):
     for i, prompt in enumerate(golden_prompts()[:3]):
         plain = list(on_cuda.generate(prompt, 24, temperature=0, seed=0, cuda_graph=False))
         assert len(graphs) == i
@@ -265,11 +302,18 @@ def test_a_captured_step_gives_the_plain_steps_logits_from_one_capture(on_cuda, 
     assert_close(torch.cat(chosen_from[1]), torch.cat(chosen_from[0]))
 
 
-def test_a_captured_step_of_rows_that_differ_in_length_gives_the_plain_steps_logits(on_cuda, graphs, chosen_from):
+def test_a_captured_step_of_rows_that_differ_in_length_gives_the_plain_steps_logits(
+    on_cuda, graphs, chosen_from
+):
     prompts = golden_prompts()[:3]
-    plain = [list(on_cuda.generate(p, 24, temperature=0, seed=i, cuda_graph=False)) for i, p in enumerate(prompts)]
+    plain = [
+        list(on_cuda.generate(p, 24, temperature=0, seed=i, cuda_graph=False))
+        for i, p in enumerate(prompts)
+    ]
     with mock.patch.object(Step, "logits", autospec=True, side_effect=Step.logits) as logits:
-        assert dict(on_cuda.generate_batch(prompts, 24, temperature=0, seed=10)) == dict(enumerate(plain))
+        assert dict(on_cuda.generate_batch(prompts, 24, temperature=0, seed=10)) == dict(
+            enumerate(plain)
+        )
     assert logits.call_count == 2 and [graph.replays for graph in graphs] == [23]
     for i in range(3):
         assert_close(torch.cat(chosen_from[10 + i]), torch.cat(chosen_from[i]))
@@ -292,16 +336,25 @@ def test_captures_are_on_the_caches_device_and_share_a_stream_of_it(on_cuda, gra
     for prompt in golden_prompts()[:2]:
         list(on_cuda.generate(prompt, 3))
     device = torch.device("cpu")
-    assert [graph.device for graph in graphs] == [graph.stream.device for graph in graphs] == [device, device]
+    assert (
+        [graph.device for graph in graphs]
+        == [graph.stream.device for graph in graphs]
+        == [device, device]
+    )
     assert graphs[0].stream is graphs[1].stream
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("size", [64, 1024])
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 4}], ids=str)
-def test_on_cuda_captured_steps_alone_and_in_a_batch_give_the_plain_steps_ids(size, options, monkeypatch):
+def test_on_cuda_captured_steps_alone_and_in_a_batch_give_the_plain_steps_ids(
+    size, options, monkeypatch
+):
     monkeypatch.setattr(sample, "SLICE", size)
-    model, prompts = MossAudio.from_pretrained(GOLDEN / "checkpoint", "cuda", "float32"), golden_prompts()
+    model, prompts = (
+        MossAudio.from_pretrained(GOLDEN / "checkpoint", "cuda", "float32"),
+        golden_prompts(),
+    )
     plain = one_by_one(model, prompts, max_new_tokens=32, cuda_graph=False, **options)
     assert one_by_one(model, prompts, max_new_tokens=32, **options) == plain
     assert dict(model.generate_batch(prompts, 32, **options)) == dict(enumerate(plain))
@@ -316,7 +369,9 @@ def test_a_prompt_in_slices_has_the_logits_of_one_piece(size, monkeypatch):
     monkeypatch.setattr(sample, "SLICE", size)
     model = golden_model()
     for prompt in golden_prompts()[:3]:
-        cache = KVCache(model.config.decoder, 1, len(prompt.ids), torch.float32, torch.device("cpu"))
+        cache = KVCache(
+            model.config.decoder, 1, len(prompt.ids), torch.float32, torch.device("cpu")
+        )
         with torch.no_grad():
             assert_close(prefill(model, prompt, cache, None)[0], model(prompt)[-1])
 
@@ -334,11 +389,20 @@ def test_a_long_prompt_says_how_it_goes_and_a_short_one_nothing(monkeypatch):
 
 def test_a_long_clips_encoding_says_how_it_goes_before_its_prompt_does(monkeypatch):
     monkeypatch.setattr(sample, "SLICE", 400)
-    model, case, lines = golden_model(), golden_case("long"), []  # 44 s are 11 chunks, the last 3 a batch of their own
+    model, case, lines = (
+        golden_model(),
+        golden_case("long"),
+        [],
+    )  # 44 s are 11 chunks, the last 3 a batch of their own
     prompt = model.prompt(case.text, case.clips)
     n = len(prompt.ids)
     assert 400 < n <= 800
-    told = ["encoding: 32 of 44 s", "encoding: 44 of 44 s", f"prompt: 400 of {n} tokens", f"prompt: {n} of {n} tokens"]
+    told = [
+        "encoding: 32 of 44 s",
+        "encoding: 44 of 44 s",
+        f"prompt: 400 of {n} tokens",
+        f"prompt: {n} of {n} tokens",
+    ]
     next(model.generate(prompt, 1, report=lines.append))
     assert lines == told
     list(model.generate_batch([prompt, prompt], 1, report=lines.append))
@@ -349,13 +413,17 @@ def test_a_long_clips_encoding_says_how_it_goes_before_its_prompt_does(monkeypat
 
 
 @pytest.mark.parametrize("outputs", [1, 6, 48, 1000, 151_936 // 64])
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)]
+)
 def test_a_row_times_a_matrix_is_within_one_rounding_of_the_exact_product(outputs, dtype, error):
     torch.manual_seed(outputs)
     layer = Linear(320, outputs).to(dtype)
     x = torch.randn(1, 1, 320, dtype=dtype)
     exact = x.double() @ layer.weight.double().T
-    size = x.double().abs() @ layer.weight.double().abs().T  # what a sum's rounding is in proportion to
+    size = (
+        x.double().abs() @ layer.weight.double().abs().T
+    )  # what a sum's rounding is in proportion to
     for row in (x, x[0], x[0, 0]):
         given = layer(row)
         assert given.shape == (*row.shape[:-1], outputs) and given.dtype == dtype

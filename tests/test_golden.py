@@ -30,11 +30,18 @@ NOT_STAGES = ("waveform", "mel", "input_ids", "generated")
 def stages_of(model, prompt) -> dict[str, torch.Tensor]:
     """What a model computes of a prompt on the way, by golden's names for the stages."""
     encoder, decoder = model.audio_encoder, model.language_model
-    inputs = {"encoder.stem": encoder.layers[0], "inputs_embeds": decoder.layers[0]}  # stage -> the module it enters
-    inputs |= {f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers[1:])}  # injection included
+    inputs = {
+        "encoder.stem": encoder.layers[0],
+        "inputs_embeds": decoder.layers[0],
+    }  # stage -> the module it enters
+    inputs |= {
+        f"decoder.layers.{i}": layer for i, layer in enumerate(decoder.layers[1:])
+    }  # injection included
     outputs = {"encoder": encoder, "adapter": model.audio_adapter, "final_norm": decoder.norm}
     outputs |= {f"encoder.layers.{i}": layer for i, layer in enumerate(encoder.layers)}
-    outputs |= {f"deepstack.{k}": merger for k, merger in enumerate(model.deepstack_audio_merger_list)}
+    outputs |= {
+        f"deepstack.{k}": merger for k, merger in enumerate(model.deepstack_audio_merger_list)
+    }
     seen = {}  # stage -> its batches
 
     def record(name, x):
@@ -42,9 +49,13 @@ def stages_of(model, prompt) -> dict[str, torch.Tensor]:
 
     with contextlib.ExitStack() as hooks:
         for name, module in inputs.items():
-            hooks.enter_context(module.register_forward_pre_hook(lambda _, args, name=name: record(name, args)))
+            hooks.enter_context(
+                module.register_forward_pre_hook(lambda _, args, name=name: record(name, args))
+            )
         for name, module in outputs.items():
-            hooks.enter_context(module.register_forward_hook(lambda _, args, out, name=name: record(name, out)))
+            hooks.enter_context(
+                module.register_forward_hook(lambda _, args, out, name=name: record(name, out))
+            )
         logits = model(prompt)
     found = {name: torch.cat(batches).flatten(0, -2) for name, batches in seen.items()}
     if prompt.mels:
@@ -78,7 +89,9 @@ def largest_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
-    assert largest_error(ours, exact) <= 3e-6  # float32 sums in another order come to 1e-6 (golden/README.md)
+    assert (
+        largest_error(ours, exact) <= 3e-6
+    )  # float32 sums in another order come to 1e-6 (golden/README.md)
 
 
 def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
@@ -94,7 +107,12 @@ def distance_ratio(name: str, key: str) -> float:
 
 
 def stages_in(names: list[str]) -> list[tuple[str, str]]:
-    return [(name, key) for name in names for key in golden_case(name).tensors if key.split(".")[0] not in NOT_STAGES]
+    return [
+        (name, key)
+        for name in names
+        for key in golden_case(name).tensors
+        if key.split(".")[0] not in NOT_STAGES
+    ]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,7 +137,10 @@ def test_a_stage_is_within_3e_6_of_its_largest_value(name, key):
 DRAWN = {name for name in FLOAT32 if "seed" in golden_case(name).sampling}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=draws_as_upstream if name in DRAWN else ()) for name in FLOAT32])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=draws_as_upstream if name in DRAWN else ()) for name in FLOAT32],
+)
 def test_generation_is_upstreams_id_by_id_and_as_text(name):
     ours = run(name)
     ids = list(ours.model.generate(ours.prompt, ours.case.max_new_tokens, **ours.case.sampling))
@@ -143,7 +164,9 @@ def bfloat16(x: np.ndarray) -> np.ndarray:
 
 def test_rms_norm_rounds_first_and_is_weighted_then():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(16, 64, generator=generator) * torch.logspace(-3, 2, 16)[:, None]  # epsilon shows in the first rows
+    x = (
+        torch.randn(16, 64, generator=generator) * torch.logspace(-3, 2, 16)[:, None]
+    )  # epsilon shows in the first rows
     norm = RMSNorm(64, eps=1e-6)
     norm.weight.data = torch.rand(64, generator=generator) + 0.5
     norm, x = norm.bfloat16(), x.bfloat16()
@@ -152,23 +175,33 @@ def test_rms_norm_rounds_first_and_is_weighted_then():
     got = norm(x).detach()
     assert got.dtype == torch.bfloat16
     expected, other_order = bfloat16(weight * bfloat16(scaled)), bfloat16(weight * scaled)
-    assert np.array_equal(got.double().numpy(), expected) and not np.array_equal(expected, other_order)
+    assert np.array_equal(got.double().numpy(), expected) and not np.array_equal(
+        expected, other_order
+    )
 
 
-def rope_tables(head_dim: int, positions: torch.Tensor, dtype: torch.dtype, monkeypatch) -> torch.Tensor:
+def rope_tables(
+    head_dim: int, positions: torch.Tensor, dtype: torch.dtype, monkeypatch
+) -> torch.Tensor:
     """The cos and sin that a decoder of this type uses at positions [n]: [2, n, head_dim]."""
     config = replace(golden_model().config.decoder, head_dim=head_dim, num_hidden_layers=1)
     decoder, tables = Qwen3(config).to(dtype), []
-    monkeypatch.setattr(qwen3, "rope_table", lambda *args: tables.append(rope_table(*args)) or tables[-1])
+    monkeypatch.setattr(
+        qwen3, "rope_table", lambda *args: tables.append(rope_table(*args)) or tables[-1]
+    )
     decoder(torch.zeros(len(positions), 1, config.hidden_size, dtype=dtype), positions[:, None])
     return torch.stack([table[:, 0, 0] for table in tables[0]])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("head_dim", [24, 128])
-def test_cos_and_sin_of_a_bfloat16_decoder_are_those_of_float32_angles_rounded_last(head_dim, monkeypatch):
+def test_cos_and_sin_of_a_bfloat16_decoder_are_those_of_float32_angles_rounded_last(
+    head_dim, monkeypatch
+):
     positions = torch.arange(40_960)
-    rates = 1 / torch.pow(torch.tensor(1e6), torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    rates = 1 / torch.pow(
+        torch.tensor(1e6), torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    )
     angles = torch.outer(positions.to(torch.float32), rates).repeat(1, 2)
     expected = torch.stack([angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)])
     tables = rope_tables(head_dim, positions, torch.bfloat16, monkeypatch)
@@ -187,7 +220,9 @@ def test_cos_and_sin_of_a_float32_decoder_are_right_at_every_position(head_dim, 
 
 
 def exact_sinusoids(length: int, width: int) -> torch.Tensor:
-    angles = np.outer(np.arange(length), np.exp(-np.arange(width // 2) * np.log(10_000) / (width / 2 - 1)))
+    angles = np.outer(
+        np.arange(length), np.exp(-np.arange(width // 2) * np.log(10_000) / (width / 2 - 1))
+    )
     return torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
 
 
@@ -195,7 +230,9 @@ def exact_sinusoids(length: int, width: int) -> torch.Tensor:
 def test_encoder_positions_are_sines_and_then_cosines(width):
     positions = sinusoids(50, width)
     assert positions.dtype == torch.float32
-    assert (positions - exact_sinusoids(50, width)).abs().max() < 50 * 2**-23  # as above, of a float32 rate
+    assert (
+        positions - exact_sinusoids(50, width)
+    ).abs().max() < 50 * 2**-23  # as above, of a float32 rate
 
 
 @torch.no_grad()
@@ -210,7 +247,9 @@ def test_encoder_positions_restart_in_every_chunk_and_are_rounded_last(dtype, ro
 
 @torch.no_grad()
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("dtype, bound", [(torch.float16, 65_504 - 1000), (torch.float32, 2 * 60_000)])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float16, 65_504 - 1000), (torch.float32, 2 * 60_000)]
+)
 def test_what_leaves_an_encoder_layer_is_kept_from_infinity_in_float16_alone(dtype, bound, sign):
     layer = EncoderLayer(golden_model().config.encoder).to(dtype)
     layer.fc2.weight.zero_()
@@ -226,10 +265,17 @@ def test_what_leaves_an_encoder_layer_is_kept_from_infinity_in_float16_alone(dty
 
 def table() -> str:
     """Each stage's largest error in float32, and the largest ratio of distances in bfloat16, over all cases."""
-    lines = ["| stage | float32: largest error | bfloat16: distance, where upstream's is 1 |", "|---|---|---|"]
+    lines = [
+        "| stage | float32: largest error | bfloat16: distance, where upstream's is 1 |",
+        "|---|---|---|",
+    ]
     for key in run("three_chunks").stages:
-        error = max(largest_error(*stage(name, found)) for name, found in stages_in(FLOAT32) if found == key)
-        ratio = max(distance_ratio(name, found) for name, found in stages_in(BFLOAT16) if found == key)
+        error = max(
+            largest_error(*stage(name, found)) for name, found in stages_in(FLOAT32) if found == key
+        )
+        ratio = max(
+            distance_ratio(name, found) for name, found in stages_in(BFLOAT16) if found == key
+        )
         lines.append(f"| {key} | {error:.1e} | {ratio:.2f} |")
     return "\n".join(lines)
 

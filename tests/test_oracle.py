@@ -12,11 +12,21 @@ transformers = pytest.importorskip("transformers")
 if transformers.__version__ != "4.57.1":
     pytest.skip(f"transformers is {transformers.__version__}, not 4.57.1", allow_module_level=True)
 
-from transformers import DynamicCache, Qwen2Tokenizer, Qwen2TokenizerFast, Qwen3ForCausalLM, WhisperConfig
+from transformers import (
+    DynamicCache,
+    Qwen2Tokenizer,
+    Qwen2TokenizerFast,
+    Qwen3ForCausalLM,
+    WhisperConfig,
+)
 from transformers import Qwen3Config as OracleConfig
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from conftest import GOLDEN, JFK, QWEN3_TOKENIZER
@@ -59,12 +69,16 @@ SOUNDS |= {f"noise, {samples} samples": noise(samples) for samples in LENGTHS}
 def test_the_log_mel_is_whispers_to_the_bit(name):
     wave = SOUNDS[name]
     expected = EXTRACTOR._np_extract_fbank_features(wave[None], "cpu")[0]
-    assert torch.equal(log_mel(torch.from_numpy(wave)), torch.from_numpy(expected).to(torch.bfloat16))
+    assert torch.equal(
+        log_mel(torch.from_numpy(wave)), torch.from_numpy(expected).to(torch.bfloat16)
+    )
 
 
 def test_the_mel_filters_are_slaneys():
     expected = mel_filter_bank(201, 128, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
-    np.testing.assert_allclose(mel_filters(), expected.T, rtol=0, atol=1e-15)  # float64, values up to 0.04
+    np.testing.assert_allclose(
+        mel_filters(), expected.T, rtol=0, atol=1e-15
+    )  # float64, values up to 0.04
 
 
 # ---- encoder layer ----
@@ -88,11 +102,15 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
 
 
-def encoder_layers(width: int, heads: int, mlp: int, attention="eager") -> tuple[EncoderLayer, WhisperEncoderLayer]:
+def encoder_layers(
+    width: int, heads: int, mlp: int, attention="eager"
+) -> tuple[EncoderLayer, WhisperEncoderLayer]:
     """Our layer with random weights, and Whisper's with the same."""
     shape = {"d_model": width, "encoder_attention_heads": heads, "encoder_ffn_dim": mlp}
     config = read_config(GOLDEN / "checkpoint").encoder
-    ours = EncoderLayer(replace(config, **shape, layer_norm_eps=1e-2))  # the final norm's: it must not get into a layer
+    ours = EncoderLayer(
+        replace(config, **shape, layer_norm_eps=1e-2)
+    )  # the final norm's: it must not get into a layer
     randomize(ours, 0)
     theirs = WhisperEncoderLayer(WhisperConfig(**shape, attn_implementation=attention)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -104,19 +122,30 @@ def encoder_layers(width: int, heads: int, mlp: int, attention="eager") -> tuple
 @torch.no_grad()
 def test_an_encoder_layer_is_whispers(width, heads, mlp, padded):
     ours, theirs = encoder_layers(width, heads, mlp)
-    x = torch.randn(3, 50, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 1, 50)[:, None]
+    x = (
+        torch.randn(3, 50, width, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-3, 1, 50)[:, None]
+    )
     tokens = torch.tensor([50, 17, 1])
     keep = torch.arange(50) < tokens[:, None]  # [C, L]
     mask = keep[:, None, None] if padded else None
-    bias = torch.zeros(3, 1, 50, 50).masked_fill(~mask, torch.finfo(torch.float32).min) if padded else None
+    bias = (
+        torch.zeros(3, 1, 50, 50).masked_fill(~mask, torch.finfo(torch.float32).min)
+        if padded
+        else None
+    )
     expected = theirs(x, bias, None)[0]
-    rows = keep if padded else torch.ones_like(keep)  # what stands in a padded row is nobody's business
+    rows = (
+        keep if padded else torch.ones_like(keep)
+    )  # what stands in a padded row is nobody's business
     close(ours(x, mask)[rows], expected[rows])
 
 
 @torch.no_grad()
 def test_in_bfloat16_an_encoder_layer_is_whispers_to_the_bit():
-    ours, theirs = (layer.bfloat16() for layer in encoder_layers(72, 3, 200, "sdpa"))  # 24 ** -0.5 rounds
+    ours, theirs = (
+        layer.bfloat16() for layer in encoder_layers(72, 3, 200, "sdpa")
+    )  # 24 ** -0.5 rounds
     x = torch.randn(3, 50, 72, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert torch.equal(ours(x, None), theirs(x, None, None)[0])
 
@@ -128,25 +157,50 @@ def test_in_float16_an_encoder_layer_stops_short_of_infinity_as_whispers_does():
         layer.fc2.bias.copy_(torch.tensor([60_000.0, -60_000, 0, 0] * 16))
     x = torch.tensor([60_000.0, -60_000, 1, -1] * 16).half().expand(1, 5, 64)
     y, expected = ours(x, None), theirs(x, None, None)[0]
-    assert torch.equal(y[..., 0::4], expected[..., 0::4]) and torch.equal(y[..., 1::4], expected[..., 1::4])
-    assert y.max() == 64_512 and y.min() == -64_512  # 65,504 - 1000 = 64,504, to the nearest multiple of 32
+    assert torch.equal(y[..., 0::4], expected[..., 0::4]) and torch.equal(
+        y[..., 1::4], expected[..., 1::4]
+    )
+    assert (
+        y.max() == 64_512 and y.min() == -64_512
+    )  # 65,504 - 1000 = 64,504, to the nearest multiple of 32
 
 
 # ---- decoder ----
 
 
-def decoder_config(hidden, mlp, layers, heads, groups, head_dim, theta=1e6, eps=1e-6, positions=512) -> Qwen3Config:
-    widths = {"vocab_size": 50, "hidden_size": hidden, "intermediate_size": mlp, "head_dim": head_dim}
-    counts = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": groups}
-    return Qwen3Config(**widths, **counts, rope_theta=theta, rms_norm_eps=eps, max_position_embeddings=positions)
+def decoder_config(
+    hidden, mlp, layers, heads, groups, head_dim, theta=1e6, eps=1e-6, positions=512
+) -> Qwen3Config:
+    widths = {
+        "vocab_size": 50,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "head_dim": head_dim,
+    }
+    counts = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+    return Qwen3Config(
+        **widths, **counts, rope_theta=theta, rms_norm_eps=eps, max_position_embeddings=positions
+    )
 
 
 DECODERS = {
     "a key/value head to each head": decoder_config(64, 128, 2, heads=4, groups=4, head_dim=16),
-    "a key/value head to two, head_dim above hidden / heads": decoder_config(64, 96, 3, heads=4, groups=2, head_dim=24),
-    "a key/value head to four": decoder_config(48, 160, 2, heads=8, groups=2, head_dim=32, theta=1e4, eps=1e-5),
-    "one for all, head_dim below hidden / heads": decoder_config(72, 72, 4, heads=3, groups=1, head_dim=10, eps=1e-3),
-    "positions up to 40,959": decoder_config(64, 96, 2, heads=4, groups=2, head_dim=128, positions=40_960),
+    "a key/value head to two, head_dim above hidden / heads": decoder_config(
+        64, 96, 3, heads=4, groups=2, head_dim=24
+    ),
+    "a key/value head to four": decoder_config(
+        48, 160, 2, heads=8, groups=2, head_dim=32, theta=1e4, eps=1e-5
+    ),
+    "one for all, head_dim below hidden / heads": decoder_config(
+        72, 72, 4, heads=3, groups=1, head_dim=10, eps=1e-3
+    ),
+    "positions up to 40,959": decoder_config(
+        64, 96, 2, heads=4, groups=2, head_dim=128, positions=40_960
+    ),
 }
 
 
@@ -154,7 +208,9 @@ DECODERS = {
 def decoders(name: str) -> tuple[Qwen3, Qwen3ForCausalLM]:
     """A decoder of that configuration with random weights, and transformers' with the same."""
     config = DECODERS[name]
-    oracle = OracleConfig(**vars(config), attention_bias=False, tie_word_embeddings=False, attn_implementation="eager")
+    oracle = OracleConfig(
+        **vars(config), attention_bias=False, tie_word_embeddings=False, attn_implementation="eager"
+    )
     theirs = Qwen3ForCausalLM(oracle).eval()
     randomize(theirs, 0)
     ours = Qwen3(config)
@@ -188,7 +244,9 @@ def test_a_prefill_and_cached_steps_are_transformers(name):
     oracle_cache = DynamicCache(config=theirs.config)
     for start, end in [(0, 30), *((i, i + 1) for i in range(30, 40))]:
         part, positions = ids[:, start:end], torch.arange(start, end)[None]
-        expected = theirs.model(part, past_key_values=oracle_cache, use_cache=True).last_hidden_state
+        expected = theirs.model(
+            part, past_key_values=oracle_cache, use_cache=True
+        ).last_hidden_state
         close(ours(ours.embed_tokens(part), positions, cache), expected)
 
 
@@ -198,7 +256,9 @@ def test_a_prefill_and_cached_steps_are_transformers(name):
 def test_a_prefill_in_slices_is_transformers_whole_pass(name, sizes):
     ours, theirs = decoders(name)
     ids = random_ids(1, 40)
-    cache = KVCache(ours.config, 1, 64, torch.float32, torch.device("cpu"))  # longer than it has to be
+    cache = KVCache(
+        ours.config, 1, 64, torch.float32, torch.device("cpu")
+    )  # longer than it has to be
     slices = zip(ids.split(sizes, dim=1), torch.arange(40)[None].split(sizes, dim=1))
     hidden = [ours(ours.embed_tokens(part), positions, cache) for part, positions in slices]
     close(torch.cat(hidden, dim=1), theirs.model(ids).last_hidden_state)
@@ -209,12 +269,18 @@ def test_a_prefill_in_slices_is_transformers_whole_pass(name, sizes):
 def test_a_batch_padded_on_the_left_is_transformers(name):
     ours, theirs = decoders(name)
     ids = random_ids(3, 20)
-    real = torch.arange(20) >= torch.tensor([[0], [7], [19]])  # [B, n], False where there is padding
+    real = torch.arange(20) >= torch.tensor(
+        [[0], [7], [19]]
+    )  # [B, n], False where there is padding
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    visible = real[:, None, None] | torch.eye(20).bool()  # padding sees itself, or its row would be empty
+    visible = (
+        real[:, None, None] | torch.eye(20).bool()
+    )  # padding sees itself, or its row would be empty
     mask = visible & torch.ones(20, 20).tril().bool()
     hidden = ours(ours.embed_tokens(ids), positions, mask=mask)
-    expected = theirs.model(ids, attention_mask=real.long(), position_ids=positions).last_hidden_state
+    expected = theirs.model(
+        ids, attention_mask=real.long(), position_ids=positions
+    ).last_hidden_state
     close(hidden[real], expected[real])
 
 
@@ -222,7 +288,10 @@ def test_a_batch_padded_on_the_left_is_transformers(name):
 def test_the_decoder_at_its_last_positions_is_transformers():
     ours, theirs = decoders("positions up to 40,959")
     ids, positions = random_ids(1, 40), torch.arange(40_960 - 40, 40_960)[None]
-    close(ours(ours.embed_tokens(ids), positions), theirs.model(ids, position_ids=positions).last_hidden_state)
+    close(
+        ours(ours.embed_tokens(ids), positions),
+        theirs.model(ids, position_ids=positions).last_hidden_state,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -234,16 +303,23 @@ def test_rms_norm_is_transformers_to_the_bit(width, eps, dtype):
     with torch.no_grad():
         ours.weight.normal_(1, 0.5, generator=torch.Generator().manual_seed(0))
         theirs.load_state_dict(ours.state_dict())
-        x = torch.randn(200, width, generator=torch.Generator().manual_seed(1)) * torch.logspace(-4, 3, 200)[:, None]
+        x = (
+            torch.randn(200, width, generator=torch.Generator().manual_seed(1))
+            * torch.logspace(-4, 3, 200)[:, None]
+        )
         assert torch.equal(ours(x.to(dtype)), theirs(x.to(dtype)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim, theta", [(128, 1e6), (24, 1e6), (64, 1e4)])
 def test_cos_and_sin_are_transformers_to_the_bit_at_every_position(head_dim, theta, dtype):
-    config = decoder_config(64, 96, 1, heads=4, groups=2, head_dim=head_dim, theta=theta, positions=40_960)
+    config = decoder_config(
+        64, 96, 1, heads=4, groups=2, head_dim=head_dim, theta=theta, positions=40_960
+    )
     positions = torch.arange(40_960)[None]
-    expected = Qwen3RotaryEmbedding(OracleConfig(**vars(config)))(torch.zeros((), dtype=dtype), positions)
+    expected = Qwen3RotaryEmbedding(OracleConfig(**vars(config)))(
+        torch.zeros((), dtype=dtype), positions
+    )
     for ours, theirs in zip(rope_table(positions, config, dtype), expected, strict=True):
         assert ours.dtype == dtype and torch.equal(ours, theirs[:, None])
 
@@ -252,10 +328,14 @@ def test_cos_and_sin_are_transformers_to_the_bit_at_every_position(head_dim, the
 def test_the_rotation_is_transformers_to_the_bit(dtype):
     config = DECODERS["a key/value head to two, head_dim above hidden / heads"]
     positions = torch.tensor([[0, 1, 2, 500], [7, 8, 9, 40_959]])
-    q, k = torch.randn(2, 2, 4, 4, 24, generator=torch.Generator().manual_seed(0)).to(dtype)  # [B, heads, n, hd]
+    q, k = torch.randn(2, 2, 4, 4, 24, generator=torch.Generator().manual_seed(0)).to(
+        dtype
+    )  # [B, heads, n, hd]
     cos, sin = rope_table(positions, config, dtype)
     expected = apply_rotary_pos_emb(q, k, cos[:, 0], sin[:, 0])
-    assert torch.equal(apply_rope(q, cos, sin), expected[0]) and torch.equal(apply_rope(k, cos, sin), expected[1])
+    assert torch.equal(apply_rope(q, cos, sin), expected[0]) and torch.equal(
+        apply_rope(k, cos, sin), expected[1]
+    )
 
 
 # ---- tokenizer ----
@@ -316,7 +396,9 @@ def check(text: str) -> None:
     for oracle in (FAST, SLOW):
         assert ids == ids_of(oracle, text), text
         for skip in (True, False):
-            assert OURS.decode(ids, skip_special_tokens=skip) == oracle.decode(ids, skip_special_tokens=skip), text
+            assert OURS.decode(ids, skip_special_tokens=skip) == oracle.decode(
+                ids, skip_special_tokens=skip
+            ), text
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
@@ -334,14 +416,25 @@ def test_thousands_of_random_ids_are_decoded_as_transformers_does():
     for _ in range(4000):  # bytes that are no UTF-8 among them
         ids = draw.choices(vocabulary, k=draw.randint(1, 8)) + draw.choices(range(256), k=2)
         for skip in (True, False):
-            assert OURS.decode(ids, skip_special_tokens=skip) == FAST.decode(ids, skip_special_tokens=skip), ids
+            assert OURS.decode(ids, skip_special_tokens=skip) == FAST.decode(
+                ids, skip_special_tokens=skip
+            ), ids
 
 
 def test_random_code_points_are_tokenized_as_the_fast_tokenizer_does():
     draw = random.Random(2)
-    planes = [(0x20, 0x7F), (0x80, 0x250), (0x250, 0x3000), (0x3000, 0xD800), (0xE000, 0x20000), (0x20000, 0x110000)]
+    planes = [
+        (0x20, 0x7F),
+        (0x80, 0x250),
+        (0x250, 0x3000),
+        (0x3000, 0xD800),
+        (0xE000, 0x20000),
+        (0x20000, 0x110000),
+    ]
     for _ in range(4000):
-        text = "".join(chr(draw.randrange(*draw.choice(planes))) for _ in range(draw.randint(1, 12)))
+        text = "".join(
+            chr(draw.randrange(*draw.choice(planes))) for _ in range(draw.randint(1, 12))
+        )
         assert ids_of(OURS, text) == ids_of(FAST, text), ascii(text)
 
 

@@ -37,7 +37,11 @@ def run(*argv) -> SimpleNamespace:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = parity.main([str(arg) for arg in argv])
-    answer = json.loads(out.getvalue(), parse_constant=pytest.fail) if "--json" in argv and status < 2 else None
+    answer = (
+        json.loads(out.getvalue(), parse_constant=pytest.fail)
+        if "--json" in argv and status < 2
+        else None
+    )
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), answer=answer)
 
 
@@ -96,7 +100,9 @@ def said(stages: dict, *options) -> str:
 
 
 def diagnosed(stages: dict, *options, subset: str = "all") -> dict:
-    got = run("diagnose", reference(), saved(stages, subset), "--model", CHECKPOINT, *options, "--json")
+    got = run(
+        "diagnose", reference(), saved(stages, subset), "--model", CHECKPOINT, *options, "--json"
+    )
     assert got.err == "" and got.status == (not got.answer["equal"])
     return got.answer
 
@@ -110,14 +116,20 @@ def changed(name: str, change) -> dict:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["short", "three_chunks", "two_audios", "text_only", "no_markers", "variant"])
+@pytest.mark.parametrize(
+    "name", ["short", "three_chunks", "two_audios", "text_only", "no_markers", "variant"]
+)
 def test_the_walks_logits_are_the_models_to_the_bit(name, dtype):
     case = golden_case(name)
     model = golden_model(case.checkpoint, dtype)
     of = mistakes.Run(model, case.text, case.time_markers, len(case.clips))
-    stages = dict(mistakes.compute(of, {f"waveform.{i}": wave for i, wave in enumerate(case.clips)}))
+    stages = dict(
+        mistakes.compute(of, {f"waveform.{i}": wave for i, wave in enumerate(case.clips)})
+    )
     with torch.no_grad():
-        assert torch.equal(stages["logits"], model(model.prompt(case.text, case.clips, case.time_markers)))
+        assert torch.equal(
+            stages["logits"], model(model.prompt(case.text, case.clips, case.time_markers))
+        )
 
 
 def test_a_dump_has_every_stage_in_order_with_its_axes():
@@ -127,7 +139,9 @@ def test_a_dump_has_every_stage_in_order_with_its_axes():
     metadata = header.pop("__metadata__")
     axes = json.loads(metadata["axes"])
     assert list(header) == list(axes) == [*ported(), "generated"]
-    assert b'"encoder.stem": {"dtype": "F32", "shape": [65, 48], "data_offsets": [' in data  # by which the README's ports
+    assert (
+        b'"encoder.stem": {"dtype": "F32", "shape": [65, 48], "data_offsets": [' in data
+    )  # by which the README's ports
     assert header["encoder.conv1"]["shape"] == [2, 8, 64, 200]
     assert axes["encoder.conv1"] == "chunks, channels, mel bands, frames"
     assert header["logits"]["shape"] == [131, 320] and header["generated"]["shape"] == [16]
@@ -143,13 +157,17 @@ def test_a_dump_has_every_stage_in_order_with_its_axes():
 def test_a_bfloat16_runs_stages_are_stored_in_float32():
     stages = load_file(reference("bfloat16"))
     for name in ("encoder.layers.5", "decoder.layers.4", "logits"):
-        assert stages[name].dtype == torch.float32 and torch.equal(stages[name], stages[name].bfloat16().float())
+        assert stages[name].dtype == torch.float32 and torch.equal(
+            stages[name], stages[name].bfloat16().float()
+        )
     assert stages["mel.0"].dtype == torch.bfloat16
 
 
 def test_generated_ids_are_upstreams(tmp_path):
     case = golden_case("short")
-    path = dumped(tmp_path / "r.safetensors", case.clips, "--model", CHECKPOINT, "--max-new-tokens", 24)
+    path = dumped(
+        tmp_path / "r.safetensors", case.clips, "--model", CHECKPOINT, "--max-new-tokens", 24
+    )
     assert load_file(path)["generated"].tolist() == case.tensors["generated"].tolist()
 
 
@@ -157,12 +175,25 @@ def test_chosen_stages_come_with_the_sound_and_the_prompts_ids(tmp_path):
     options = "--model", CHECKPOINT, "--stages", "encoder.layers.[01],logits"
     path = dumped(tmp_path / "r.safetensors", [sound()[:SAMPLES]], *options)
     stages = load_file(path)
-    assert stages.keys() == {"waveform.0", "encoder.layers.0", "encoder.layers.1", "input_ids", "logits"}
+    assert stages.keys() == {
+        "waveform.0",
+        "encoder.layers.0",
+        "encoder.layers.1",
+        "input_ids",
+        "logits",
+    }
     assert torch.equal(stages["logits"], load_file(reference())["logits"])
     right = run("compare", path, saved(ported()), "--json")
     rows = [row["name"] for row in right.answer["stages"]]
     assert rows == ["waveform.0", "encoder.layers.0", "encoder.layers.1", "logits"]
-    own = run("compare", path, saved(changed("encoder", lambda x: x + 0.1)), "--model", CHECKPOINT, "--json")
+    own = run(
+        "compare",
+        path,
+        saved(changed("encoder", lambda x: x + 0.1)),
+        "--model",
+        CHECKPOINT,
+        "--json",
+    )
     assert own.answer["first"] == "encoder"  # the model makes up for what the reference lacks
 
 
@@ -196,18 +227,37 @@ def test_a_dump_that_fails_leaves_the_file_as_it_was(tmp_path):
 
 # ---- what is right ----
 
-CASES = ["short", "three_chunks", "one_chunk", "two_audios", "text_only", "no_markers", "scripts", "long", "variant"]
+CASES = [
+    "short",
+    "three_chunks",
+    "one_chunk",
+    "two_audios",
+    "text_only",
+    "no_markers",
+    "scripts",
+    "long",
+    "variant",
+]
 
 
 @functools.cache
 def golden_reference(name: str) -> Path:
     case = golden_case(name)
-    options = ["--model", GOLDEN / case.checkpoint, "--prompt", case.text, "--max-new-tokens", case.max_new_tokens]
+    options = [
+        "--model",
+        GOLDEN / case.checkpoint,
+        "--prompt",
+        case.text,
+        "--max-new-tokens",
+        case.max_new_tokens,
+    ]
     options += ["--no-time-markers"] * (case.time_markers is False)
     return dumped(FOLDER / f"{name}.safetensors", case.clips, *options)
 
 
-@pytest.mark.parametrize("name", [*CASES, "short.bfloat16", "three_chunks.bfloat16", "long.bfloat16"])
+@pytest.mark.parametrize(
+    "name", [*CASES, "short.bfloat16", "three_chunks.bfloat16", "long.bfloat16"]
+)
 def test_upstream_is_equal(name):
     case = golden_case(name)
     path = golden_reference(name.removesuffix(".bfloat16"))
@@ -235,9 +285,15 @@ def test_mel_in_single_precision_is_no_mistake_and_told_from_an_epsilon_of_1e_6(
     assert 0.2 < effects[0] / effects[1] < 5  # of one size
     assert compared(single)["equal"] and diagnosed(single)["mistakes"] == []
     assert diagnosed(epsilon)["mistakes"] == ["layer-norm-eps"]
-    assert diagnosed(single, subset="logits")["mistakes"] == []  # too little to tell: nothing, not the wrong thing
-    off = int((single["mel.0"] != ported()["mel.0"]).sum())  # 18 on most processors; another sums in another order
-    assert f" {off} values a bfloat16 step off" in said(single) and "--model tells the two apart" in said(single)
+    assert (
+        diagnosed(single, subset="logits")["mistakes"] == []
+    )  # too little to tell: nothing, not the wrong thing
+    off = int(
+        (single["mel.0"] != ported()["mel.0"]).sum()
+    )  # 18 on most processors; another sums in another order
+    assert f" {off} values a bfloat16 step off" in said(
+        single
+    ) and "--model tells the two apart" in said(single)
 
 
 # ---- how a port's file is read ----
@@ -245,7 +301,12 @@ def test_mel_in_single_precision_is_no_mistake_and_told_from_an_epsilon_of_1e_6(
 
 def chunks_of(x: torch.Tensor) -> torch.Tensor:
     """A full chunk and a tail with what is not to be looked at behind it: [2, 52, width]."""
-    return torch.stack([torch.cat([part, torch.full((52 - len(part), x.shape[1]), 7.0)]) for part in x.split([50, 15])])
+    return torch.stack(
+        [
+            torch.cat([part, torch.full((52 - len(part), x.shape[1]), 7.0)])
+            for part in x.split([50, 15])
+        ]
+    )
 
 
 LAYOUTS = {
@@ -264,7 +325,9 @@ LAYOUTS = {
 def test_another_layout_is_recognised_used_and_said(name, layout):
     stages = changed(name, layout)
     assert compared(stages)["equal"] and compared(stages, model=False)["equal"]
-    (wanted,) = [words for words, (stage, change) in LAYOUTS.items() if (stage, change) == (name, layout)]
+    (wanted,) = [
+        words for words, (stage, change) in LAYOUTS.items() if (stage, change) == (name, layout)
+    ]
     assert wanted.removesuffix(":") in said(stages)
     wrong = stages | {name: stages[name] * 1.01}
     assert compared(wrong)["first"] == compared(wrong, model=False)["first"] == name
@@ -282,14 +345,20 @@ def test_ids_may_be_of_another_integer_type(dtype):
 
 def test_layers_recorded_before_the_injection_are_no_mistake():
     stages = ported("layers-before-injection")
-    assert compared(stages)["equal"] and compared(stages, model=False)["equal"] and diagnosed(stages)["equal"]
+    assert (
+        compared(stages)["equal"]
+        and compared(stages, model=False)["equal"]
+        and diagnosed(stages)["equal"]
+    )
     assert "decoder.layers.0 to decoder.layers.2: recorded before the injection" in said(stages)
     assert diagnosed(ported("layers-before-injection", "no-qk-norm"))["mistakes"] == ["no-qk-norm"]
     never = compared(ported("no-deepstack"))
     assert never["first"] == "decoder.layers.0"
 
 
-@pytest.mark.parametrize("cut", [lambda x: x[:-1], lambda x: x[:, :-1], lambda x: x[:, None], lambda x: x.flatten()])
+@pytest.mark.parametrize(
+    "cut", [lambda x: x[:-1], lambda x: x[:, :-1], lambda x: x[:, None], lambda x: x.flatten()]
+)
 def test_another_shape_is_a_difference_and_never_cut_to_fit(cut):
     for model in (False, True):
         answer = compared(changed("adapter", cut), model=model)
@@ -306,8 +375,13 @@ def numpy_of(x: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_numpys_files_are_read_too(kind, tmp_path):
-    stages = ported() | {"adapter": ported()["adapter"].half(), "input_ids": ported()["input_ids"].to(torch.int64)}
-    arrays = {name: numpy_of(x) for name, x in stages.items()} | {"encoder": stages["encoder"].double().numpy()}
+    stages = ported() | {
+        "adapter": ported()["adapter"].half(),
+        "input_ids": ported()["input_ids"].to(torch.int64),
+    }
+    arrays = {name: numpy_of(x) for name, x in stages.items()} | {
+        "encoder": stages["encoder"].double().numpy()
+    }
     if kind == "npz":
         np.savez(tmp_path / "port.npz", **arrays)
     else:
@@ -320,7 +394,10 @@ def test_numpys_files_are_read_too(kind, tmp_path):
 
 
 def test_a_ports_names_are_mapped(tmp_path):
-    stages = {f"dec_{name.split('.')[2]}" if name.startswith("decoder.") else name: x for name, x in ported().items()}
+    stages = {
+        f"dec_{name.split('.')[2]}" if name.startswith("decoder.") else name: x
+        for name, x in ported().items()
+    }
     stages["l_out"] = stages.pop("logits")
     names = tmp_path / "map.json"
     names.write_text(json.dumps({"dec_{i}": "decoder.layers.{i}", "l_out": "logits"}))
@@ -330,7 +407,9 @@ def test_a_ports_names_are_mapped(tmp_path):
 
 
 def test_what_is_not_compared_is_listed_and_missing_ids_are_assumed():
-    few = {name: ported()[name] for name in ("encoder.layers.3", "logits")} | {"attention_mask": torch.ones(1, 131)}
+    few = {name: ported()[name] for name in ("encoder.layers.3", "logits")} | {
+        "attention_mask": torch.ones(1, 131)
+    }
     out = said(few)
     assert "The port's prompt ids are taken to be the reference's." in out
     assert "not in the port's file: waveform.0, mel.0, encoder.conv1 to encoder.conv3" in out
@@ -368,8 +447,12 @@ def test_each_row_has_its_figures():
     assert row["row"] == 60 and row["max_abs"] == pytest.approx(2, abs=1e-5)
     assert row["max_rel"] == pytest.approx(2 / right.abs().max().item(), abs=1e-5)
     assert row["rms"] == pytest.approx(4.25**0.5 / right.norm().item(), rel=1e-4)
-    cosine = torch.nn.functional.cosine_similarity(spoil(right).flatten(), right.flatten(), dim=0).item()
-    assert row["cosine"] == pytest.approx(cosine, abs=1e-6) and row["own"] == pytest.approx(row["max_rel"], rel=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(
+        spoil(right).flatten(), right.flatten(), dim=0
+    ).item()
+    assert row["cosine"] == pytest.approx(cosine, abs=1e-6) and row["own"] == pytest.approx(
+        row["max_rel"], rel=1e-3
+    )
 
 
 def test_of_mel_a_row_is_a_frame():
@@ -380,20 +463,28 @@ def test_of_mel_a_row_is_a_frame():
 def test_one_wrong_stage_makes_none_after_it_wrong_and_a_second_is_found_behind_it():
     answer = compared(ported("gelu-tanh-stem", "attention-scale"))
     wrong = [row["name"] for row in answer["stages"] if not row["ok"]]
-    assert wrong == [*(f"encoder.conv{i}" for i in (1, 2, 3)), *(f"decoder.layers.{i}" for i in range(5))]
+    assert wrong == [
+        *(f"encoder.conv{i}" for i in (1, 2, 3)),
+        *(f"decoder.layers.{i}" for i in range(5)),
+    ]
     plain = compared(ported("gelu-tanh-stem", "attention-scale"), model=False)
     assert len([row for row in plain["stages"] if not row["ok"]]) > 15
 
 
 def test_own_errors_go_on_from_the_nearest_stages_that_the_port_has():
     stages = ported("gelu-tanh-stem", "no-qk-norm")
-    few = {name: stages[name] for name in ("encoder.conv3", "encoder.layers.3", "decoder.layers.1", "logits")}
+    few = {
+        name: stages[name]
+        for name in ("encoder.conv3", "encoder.layers.3", "decoder.layers.1", "logits")
+    }
     wrong = [row["name"] for row in compared(few)["stages"] if not row["ok"]]
     assert wrong == ["encoder.conv3", "decoder.layers.1", "logits"]
 
 
 def test_what_is_not_finite_differs_and_is_null_in_json():
-    answer = compared(changed("encoder.layers.4", lambda x: x.index_fill(0, torch.tensor([20]), torch.nan)))
+    answer = compared(
+        changed("encoder.layers.4", lambda x: x.index_fill(0, torch.tensor([20]), torch.nan))
+    )
     (row,) = [row for row in answer["stages"] if row["name"] == "encoder.layers.4"]
     assert answer["first"] == "encoder.layers.4" and answer["since"] == 20 and not row["ok"]
     assert row["max_abs"] is row["max_rel"] is row["cosine"] is None
@@ -405,7 +496,9 @@ def test_rtol_and_the_ports_dtype_say_what_passes():
     for options in (["--rtol", "2e-4"], ["--port-dtype", "float16"], ["--port-dtype", "bfloat16"]):
         assert compared(near, *options)["equal"]
     assert not compared(near, "--rtol", "5e-5")["equal"]
-    assert compared({name: x.half() if name == "final_norm" else x for name, x in near.items()})["equal"]  # by the file
+    assert compared({name: x.half() if name == "final_norm" else x for name, x in near.items()})[
+        "equal"
+    ]  # by the file
 
 
 def with_ids(change) -> dict:
@@ -414,9 +507,13 @@ def with_ids(change) -> dict:
 
 
 PROMPTS = {
-    "the time markers are missing": lambda ids: [i for at, i in enumerate(ids) if at not in (61, 87)],
+    "the time markers are missing": lambda ids: [
+        i for at, i in enumerate(ids) if at not in (61, 87)
+    ],
     "the time markers are others": lambda ids: [*ids[:61], 18, *ids[62:]],
-    "there is no audio token, 303: the placeholder was read as text": lambda ids: [i for i in ids if i != 303],
+    "there is no audio token, 303: the placeholder was read as text": lambda ids: [
+        i for i in ids if i != 303
+    ],
     "there are 64 audio tokens, expected 65": lambda ids: [*ids[:40], *ids[41:]],
     "the text is another, or was cut otherwise": lambda ids: [*ids[:3], 40, 41, *ids[3:]],
     "(nothing, expected": lambda ids: ids[:-1],
@@ -435,7 +532,9 @@ def test_another_prompt_is_the_answer_before_any_number(means, change):
 
 def test_thirty_seconds_are_recognised():
     without_ids = {name: x for name, x in ported("mel-30s").items() if name.startswith("deepstack")}
-    assert "[375, 64], expected [65, 64] (audio tokens, decoder width); 375 tokens" in said(without_ids)
+    assert "[375, 64], expected [65, 64] (audio tokens, decoder width); 375 tokens" in said(
+        without_ids
+    )
     assert "there are 375 audio tokens, expected 65" in said(ported("mel-30s"))
     assert "375 are 30 s: the sound was padded" in said(ported("mel-30s"))
 
@@ -449,7 +548,11 @@ MISTAKES = [*port.MISTAKES, OTHER_EPSILON]
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake, subset):
     answer = diagnosed(ported(mistake), subset=subset)
-    assert answer["mistakes"] == [mistake.partition("=")[0]] and answer["ties"] == [] and not answer["equal"]
+    assert (
+        answer["mistakes"] == [mistake.partition("=")[0]]
+        and answer["ties"] == []
+        and not answer["equal"]
+    )
     assert answer["after"] < 3e-6 < (answer["before"] or 1)
 
 
@@ -461,7 +564,14 @@ def test_a_mistake_that_upstream_made_is_found(mistake):
     path = FOLDER / "ports.safetensors"
     if not path.exists():
         dumped(path, [sound()], "--model", CHECKPOINT)
-    got = run("diagnose", path, GOLDEN / "ports" / f"{mistake}.safetensors", "--model", CHECKPOINT, "--json")
+    got = run(
+        "diagnose",
+        path,
+        GOLDEN / "ports" / f"{mistake}.safetensors",
+        "--model",
+        CHECKPOINT,
+        "--json",
+    )
     assert got.answer["mistakes"] == [mistake]
 
 
@@ -478,16 +588,24 @@ PAIRS = [
 CHOSEN = [(pair, "all") for pair in PAIRS] + [(pair, "logits") for pair in PAIRS[:3]]
 
 
-@pytest.mark.parametrize("pair, subset", CHOSEN, ids=["+".join((*pair, subset)) for pair, subset in CHOSEN])
+@pytest.mark.parametrize(
+    "pair, subset", CHOSEN, ids=["+".join((*pair, subset)) for pair, subset in CHOSEN]
+)
 def test_two_mistakes_at_once_are_found(pair, subset):
     answer = diagnosed(ported(*pair), subset=subset)
-    assert sorted(answer["mistakes"]) == sorted(pair) and answer["ties"] == [] and answer["after"] < 3e-6
+    assert (
+        sorted(answer["mistakes"]) == sorted(pair)
+        and answer["ties"] == []
+        and answer["after"] < 3e-6
+    )
 
 
 def test_what_cannot_be_told_apart_is_a_tie_and_no_mistake():
     stages = {"decoder.layers.0": ported("no-deepstack")["decoder.layers.0"]}  # without rows, here
     answer = diagnosed(stages)
-    assert answer["mistakes"] == [] and answer["ties"] == [["no-deepstack", "deepstack-one-layer-late"]]
+    assert answer["mistakes"] == [] and answer["ties"] == [
+        ["no-deepstack", "deepstack-one-layer-late"]
+    ]
     out = run("diagnose", reference(), saved(stages), "--model", CHECKPOINT).out
     assert "no-deepstack or deepstack-one-layer-late explains it" in out
     assert "can't tell these apart; decoder.layers.1 to decoder.layers.3 could" in out
@@ -496,9 +614,14 @@ def test_what_cannot_be_told_apart_is_a_tie_and_no_mistake():
 def test_what_no_known_mistake_explains_is_said_with_where_to_look():
     stages = changed("decoder.layers.2", lambda x: x * 1.01)
     answer = diagnosed(stages)
-    assert answer["mistakes"] == answer["ties"] == [] and answer["before"] == answer["after"] > 0.005
+    assert (
+        answer["mistakes"] == answer["ties"] == [] and answer["before"] == answer["after"] > 0.005
+    )
     out = run("diagnose", reference(), saved(stages), "--model", CHECKPOINT).out
-    assert "None of the 31 known mistakes explains it" in out and "DecoderLayer and inject in qwen3.py" in out
+    assert (
+        "None of the 31 known mistakes explains it" in out
+        and "DecoderLayer and inject in qwen3.py" in out
+    )
     out = run("diagnose", reference(), saved(stages, "logits"), "--model", CHECKPOINT).out
     assert "Equal" in out
     few = {name: stages[name] for name in ("decoder.layers.0", "decoder.layers.2")}
@@ -515,14 +638,22 @@ def test_a_known_mistake_is_found_beside_one_that_is_not_known():
 def test_the_answer_names_the_mistake_how_well_it_explains_and_what_is_right():
     got = run("diagnose", reference(), saved(ported("full-clip-attention")), "--model", CHECKPOINT)
     assert got.status == 1
-    assert "full-clip-attention explains it: the largest difference falls from another shape to " in got.out
-    assert "Right: over chunks of 4 s" in " ".join(got.out.split()) and "encoder.py, split_chunks" in got.out
+    assert (
+        "full-clip-attention explains it: the largest difference falls from another shape to "
+        in got.out
+    )
+    assert (
+        "Right: over chunks of 4 s" in " ".join(got.out.split())
+        and "encoder.py, split_chunks" in got.out
+    )
 
 
 def test_what_a_mistake_does_not_change_is_not_computed_again(monkeypatch):
     calls = []
     forward = encoder.EncoderLayer.forward
-    monkeypatch.setattr(encoder.EncoderLayer, "forward", lambda *args: calls.append(1) or forward(*args))
+    monkeypatch.setattr(
+        encoder.EncoderLayer, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
     assert diagnosed(ported("rope-interleaved"))["mistakes"] == ["rope-interleaved"]
     assert len(calls) == 6  # one for each layer's own error, and none for any of the mistakes tried
 
@@ -552,7 +683,9 @@ def test_a_mistake_shows_in_sixteen_bits_if_it_is_larger_than_their_rounding(mis
     assert compared(ported(mistake, dtype=dtype))["equal"] == (mistake in DROWNS[dtype])
 
 
-@pytest.mark.parametrize("mistake", ["taps-reversed", "no-qk-norm", "mel-zero-padded", "no-time-markers"])
+@pytest.mark.parametrize(
+    "mistake", ["taps-reversed", "no-qk-norm", "mel-zero-padded", "no-time-markers"]
+)
 def test_a_mistake_is_found_in_bfloat16(mistake):
     assert diagnosed(ported(mistake, dtype=torch.bfloat16))["mistakes"] == [mistake]
 
@@ -574,25 +707,42 @@ def refusals(tmp_path) -> dict:
     (tmp_path / "text.bin").write_text("?")
     np.savez(tmp_path / "objects.npz", adapter=np.array([{}]))
     np.savez(tmp_path / "complex.npz", adapter=np.ones(3, complex))
-    save_file({"input_ids": torch.ones(131), "logits": torch.ones(1, 320)}, tmp_path / "float_ids.safetensors")
+    save_file(
+        {"input_ids": torch.ones(131), "logits": torch.ones(1, 320)},
+        tmp_path / "float_ids.safetensors",
+    )
     save_file({"weight": torch.ones(1)}, other)
     save_file({"deepstack.7": torch.ones(1)}, tmp_path / "none.safetensors")
-    compare, dump = ["compare", reference()], ["dump", "-o", other, "--model", CHECKPOINT, "--prompt", "Hi"]
+    compare, dump = (
+        ["compare", reference()],
+        ["dump", "-o", other, "--model", CHECKPOINT, "--prompt", "Hi"],
+    )
     return {
         "is not what `parity.py dump` writes": ["compare", right, reference()],
-        "can't be read: Error while deserializing": [*compare, damaged(tmp_path / "damaged.safetensors")],
+        "can't be read: Error while deserializing": [
+            *compare,
+            damaged(tmp_path / "damaged.safetensors"),
+        ],
         "No such file": [*compare, tmp_path / "missing.safetensors"],
         "expected a .safetensors, an .npz or a folder of .npy": [*compare, tmp_path / "text.bin"],
         "text.npz can't be read": [*compare, tmp_path / "text.npz"],
         "objects.npz can't be read": [*compare, tmp_path / "objects.npz"],
         "adapter is torch.complex128": [*compare, tmp_path / "complex.npz"],
-        "input_ids is torch.float32 [131]; expected integers": [*compare, tmp_path / "float_ids.safetensors"],
+        "input_ids is torch.float32 [131]; expected integers": [
+            *compare,
+            tmp_path / "float_ids.safetensors",
+        ],
         "none of its 1 tensors (weight) has the name of a stage": [*compare, other],
         "no stage is in both files": [*compare, tmp_path / "none.safetensors"],
         'expected an object, {"port\'s name"': [*compare, right, "--names", tmp_path / "map.json"],
         "nothing.json can't be read": [*compare, right, "--names", tmp_path / "nothing.json"],
         "two of its tensors are adapter": [*compare, right, "--names", tmp_path / "both.json"],
-        "its config.json is another": [*compare, right, "--model", GOLDEN / "variant" / "checkpoint"],
+        "its config.json is another": [
+            *compare,
+            right,
+            "--model",
+            GOLDEN / "variant" / "checkpoint",
+        ],
         "--rtol: expected a number above 0": [*compare, right, "--rtol", "0"],
         "--port-dtype is 'int8'": [*compare, right, "--port-dtype", "int8"],
         "the following arguments are required: --model": ["diagnose", reference(), right],
@@ -607,13 +757,20 @@ def test_what_cannot_be_used_is_one_clear_line_and_status_2(tmp_path):
     for words, argv in refusals(tmp_path).items():
         got = run(*argv)
         assert got.status == 2 and got.out == "", words
-        assert words in got.err and got.err.startswith("parity.py: ") and got.err.count("\n") == 1, got.err
+        assert (
+            words in got.err and got.err.startswith("parity.py: ") and got.err.count("\n") == 1
+        ), got.err
 
 
 def test_a_dump_of_another_version_or_without_its_metadata_is_refused(tmp_path):
     path = tmp_path / "old.safetensors"
-    for version, words in (("0", "is of version 0; expected 1"), ("1", "its metadata is damaged (KeyError('axes'))")):
-        save_file({"logits": torch.ones(1)}, path, {"format": "moss-min parity", "version": version})
+    for version, words in (
+        ("0", "is of version 0; expected 1"),
+        ("1", "its metadata is damaged (KeyError('axes'))"),
+    ):
+        save_file(
+            {"logits": torch.ones(1)}, path, {"format": "moss-min parity", "version": version}
+        )
         got = run("compare", path, saved(ported()))
         assert got.status == 2 and words in got.err
 
@@ -629,7 +786,9 @@ def test_mel_is_held_to_float32_in_every_type_but_for_a_rounding_that_comes_late
 # ---- the checkpoint that ships ----
 
 
-@pytest.mark.parametrize("wrong", [None, "full-clip-attention", "taps-reversed", "no-time-markers", "rope-theta-10000"])
+@pytest.mark.parametrize(
+    "wrong", [None, "full-clip-attention", "taps-reversed", "no-time-markers", "rope-theta-10000"]
+)
 def test_on_the_shipped_checkpoint_a_mistake_is_found_too(wrong):
     made = FOLDER / "tiny.safetensors"
     assert run("dump", HERE.parent / "tiny" / "cards.wav", "-o", made).status == 0
@@ -638,4 +797,8 @@ def test_on_the_shipped_checkpoint_a_mistake_is_found_too(wrong):
     around = ids[: ids.index(config.audio_start_id)], ids[ids.index(config.audio_end_id) + 1 :]
     theirs = port.run(HERE.parent / "tiny", stages["waveform.0"], *around, [wrong] if wrong else [])
     got = run("diagnose", made, saved(theirs), "--model", HERE.parent / "tiny", "--json")
-    assert (got.err, got.answer["equal"], got.answer["mistakes"]) == ("", wrong is None, [wrong] if wrong else [])
+    assert (got.err, got.answer["equal"], got.answer["mistakes"]) == (
+        "",
+        wrong is None,
+        [wrong] if wrong else [],
+    )

@@ -33,7 +33,9 @@ def ported(name: str) -> dict[str, torch.Tensor]:
     around = around_the_clip(case.tensors["input_ids"])
     markers = case.time_markers is not False
     dtype = getattr(torch, case.dtype)
-    stages = port.run(GOLDEN / case.checkpoint, case.clips[0], *around, dtype=dtype, time_markers=markers)
+    stages = port.run(
+        GOLDEN / case.checkpoint, case.clips[0], *around, dtype=dtype, time_markers=markers
+    )
     return stages | {"logits": stages["logits"][-len(case.tensors["logits"]) :]}
 
 
@@ -56,17 +58,23 @@ def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_the_porters_ids_and_mel_are_upstreams(name):
     upstream = golden_case(name).tensors
     assert identical(ported(name)["input_ids"], upstream["input_ids"])
-    assert identical(ported(name)["mel.0"], golden_case(name.removesuffix(".bfloat16")).tensors["mel.0"])
+    assert identical(
+        ported(name)["mel.0"], golden_case(name.removesuffix(".bfloat16")).tensors["mel.0"]
+    )
 
 
 @pytest.mark.parametrize("name, key", stages_in(FLOAT32))
 def test_the_porters_stage_is_upstreams(name, key):
-    assert largest_error(ported(name)[key], golden_case(name).tensors[key]) <= 3e-6  # golden/README.md's bound
+    assert (
+        largest_error(ported(name)[key], golden_case(name).tensors[key]) <= 3e-6
+    )  # golden/README.md's bound
 
 
 @pytest.mark.parametrize("name, key", stages_in(BFLOAT16))
 def test_the_porters_bfloat16_stage_is_no_further_from_float32_than_upstreams(name, key):
-    exact, upstream = (golden_case(case).tensors[key] for case in (name.removesuffix(".bfloat16"), name))
+    exact, upstream = (
+        golden_case(case).tensors[key] for case in (name.removesuffix(".bfloat16"), name)
+    )
     assert distance(ported(name)[key], exact) <= 1.15 * distance(upstream, exact)
 
 
@@ -74,8 +82,13 @@ def test_the_porters_float16_is_near_float32():
     case = golden_case("three_chunks")
     around = around_the_clip(case.tensors["input_ids"])
     stages = port.run(GOLDEN / "checkpoint", case.clips[0], *around, dtype=torch.float16)
-    assert stages["decoder.layers.4"].dtype == torch.float16 and stages["logits"].dtype == torch.float32
-    assert distance(stages["logits"], case.tensors["logits"]) < 2e-3  # seen: 1.3e-3; bfloat16 comes to 1e-2
+    assert (
+        stages["decoder.layers.4"].dtype == torch.float16
+        and stages["logits"].dtype == torch.float32
+    )
+    assert (
+        distance(stages["logits"], case.tensors["logits"]) < 2e-3
+    )  # seen: 1.3e-3; bfloat16 comes to 1e-2
 
 
 # ---- with one ----
@@ -93,9 +106,13 @@ def test_the_porter_is_as_wrong_as_upstream_with_the_same_mistake(mistake):
 
 FIRST = dict.fromkeys(port.MISTAKES, "decoder.layers.0")  # the first stage that a mistake changes
 FIRST |= {mistake: "mel.0" for mistake in port.MISTAKES if mistake.startswith("mel-")}
-FIRST |= dict.fromkeys(("full-clip-attention", "tail-not-padded", "gelu-tanh-stem"), "encoder.conv1")
+FIRST |= dict.fromkeys(
+    ("full-clip-attention", "tail-not-padded", "gelu-tanh-stem"), "encoder.conv1"
+)
 FIRST |= dict.fromkeys(("positions-not-restarted", "stem-mel-major"), "encoder.stem")
-FIRST |= dict.fromkeys(("gelu-tanh-layers", "query-scaled-before-bias", "layer-norm-eps"), "encoder.layers.0")
+FIRST |= dict.fromkeys(
+    ("gelu-tanh-layers", "query-scaled-before-bias", "layer-norm-eps"), "encoder.layers.0"
+)
 FIRST |= dict.fromkeys(("tap-one-layer-early", "taps-reversed", "taps-after-norm"), "deepstack.0")
 FIRST |= {"gate-up-swapped": "adapter", "no-time-markers": "input_ids"}
 
@@ -119,7 +136,9 @@ def test_a_tail_of_8_n_frames_need_not_be_padded():
     assert stages["mel.0"].shape[1] % 400 == 120
     assert largest_error(stages["encoder.stem"], right["encoder.stem"]) <= 1e-6
     assert stages["encoder.conv1"].shape == right["encoder.conv1"].shape
-    assert not stages["encoder.conv1"][1, :, :, 60:].any()  # where the reference has the convolution of its zeros
+    assert not stages["encoder.conv1"][
+        1, :, :, 60:
+    ].any()  # where the reference has the convolution of its zeros
 
 
 def test_the_norms_epsilon_can_be_chosen():
@@ -127,13 +146,18 @@ def test_the_norms_epsilon_can_be_chosen():
         return largest_error(wrong(mistake)["encoder"], wrong()["encoder"])
 
     assert torch.equal(wrong("layer-norm-eps=1e-6")["logits"], wrong("layer-norm-eps")["logits"])
-    assert error("layer-norm-eps=1e-3") > 50 * error("layer-norm-eps=1e-6")  # 1e-3 - 1e-5 over 1e-5 - 1e-6: 110
+    assert error("layer-norm-eps=1e-3") > 50 * error(
+        "layer-norm-eps=1e-6"
+    )  # 1e-3 - 1e-5 over 1e-5 - 1e-6: 110
 
 
 def test_two_mistakes_are_made_at_once():
     both, encoder, decoder = wrong("mel-htk", "no-qk-norm"), wrong("mel-htk"), wrong("no-qk-norm")
     assert torch.equal(both["inputs_embeds"], encoder["inputs_embeds"])
-    assert all(largest_error(both["decoder.layers.0"], one["decoder.layers.0"]) > 0.01 for one in (encoder, decoder))
+    assert all(
+        largest_error(both["decoder.layers.0"], one["decoder.layers.0"]) > 0.01
+        for one in (encoder, decoder)
+    )
 
 
 def test_a_mistake_that_is_not_in_the_table_is_refused():
@@ -151,7 +175,9 @@ def test_mel_in_single_precision_is_one_bfloat16_step_off_here_and_there():
     steps = (mel.view(torch.int16).int() - right.view(torch.int16).int()).abs()
     assert (steps[off & (right.abs() > 1e-3)] == 1).all()
     step = torch.finfo(torch.bfloat16).eps * right.float().abs().clamp(min=1e-3)
-    assert ((mel.float() - right.float()).abs() <= step).all()  # near 0 a step is less than float32's error: several
+    assert (
+        (mel.float() - right.float()).abs() <= step
+    ).all()  # near 0 a step is less than float32's error: several
 
 
 def test_layers_recorded_before_the_injection_differ_in_that_alone():

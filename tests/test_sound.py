@@ -20,7 +20,16 @@ from safetensors.torch import load_file
 
 import encoder
 from conftest import GOLDEN, JFK
-from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_filters, mel_spectrum, pad_edges, resample
+from encoder import (
+    HOP,
+    SAMPLE_RATE,
+    load_audio,
+    log_mel,
+    mel_filters,
+    mel_spectrum,
+    pad_edges,
+    resample,
+)
 
 # ---- resampling ----
 
@@ -35,7 +44,9 @@ def noise(samples: int) -> np.ndarray:
 def test_resampling_gives_torchaudios_figures(rate):
     ours, expected = resample(TORCHAUDIO[f"input.{rate}"], rate), TORCHAUDIO[f"output.{rate}"]
     assert ours.dtype == torch.float32 and ours.shape == expected.shape
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # a few float32 roundings of sums below 1
+    torch.testing.assert_close(
+        ours, expected, rtol=0, atol=1e-6
+    )  # a few float32 roundings of sums below 1
 
 
 def interpolate(sound: np.ndarray, rate: int, sample: int) -> float:
@@ -60,15 +71,37 @@ def test_an_odd_rate_is_resampled_by_the_formula():
     sound = noise(100_000)
     ours = resample(torch.from_numpy(sound), 44_101)
     assert len(ours) == 36_281  # 100,000 x 16,000 / 44,101 = 36,280.4
-    samples = [0, 1, 7, 12_345, 15_999, 16_000, 16_001, 31_999, 32_000, 36_270, 36_278, 36_279, 36_280]
-    expected = torch.tensor([interpolate(sound, 44_101, sample) for sample in samples], dtype=torch.float32)
-    torch.testing.assert_close(ours[samples], expected, rtol=0, atol=1e-6)  # float32 sums of 14 products below 1
+    samples = [
+        0,
+        1,
+        7,
+        12_345,
+        15_999,
+        16_000,
+        16_001,
+        31_999,
+        32_000,
+        36_270,
+        36_278,
+        36_279,
+        36_280,
+    ]
+    expected = torch.tensor(
+        [interpolate(sound, 44_101, sample) for sample in samples], dtype=torch.float32
+    )
+    torch.testing.assert_close(
+        ours[samples], expected, rtol=0, atol=1e-6
+    )  # float32 sums of 14 products below 1
 
 
 @pytest.mark.parametrize(
     "rate, samples, length",
     [
-        (44_101, 27_836, 10_099),  # 16,000 x 27,836 = 44,101 x 10,099 + 1: in float32 the quotient is 10,099
+        (
+            44_101,
+            27_836,
+            10_099,
+        ),  # 16,000 x 27,836 = 44,101 x 10,099 + 1: in float32 the quotient is 10,099
         (44_101, 27_837, 10_100),  # 10,099.4
         (44_100, 180_697, 65_559),  # 160 x 180,697 = 441 x 65,559 + 1
         (44_100, 1, 1),
@@ -80,8 +113,12 @@ def test_the_output_length_is_a_float32_quotient_rounded_up(rate, samples, lengt
     assert len(resample(torch.zeros(samples), rate)) == length
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc")
-@pytest.mark.parametrize("rate", [44_101, 48_000])  # 16,000 filters of 44,135 taps; one filter, of 41
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc"
+)
+@pytest.mark.parametrize(
+    "rate", [44_101, 48_000]
+)  # 16,000 filters of 44,135 taps; one filter, of 41
 def test_loading_takes_memory_that_is_a_small_multiple_of_the_sound(rate, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(3 * 60 * rate), rate, subtype="FLOAT")  # 32 MB
@@ -116,7 +153,10 @@ def encoded(sound: np.ndarray, rate: int = SAMPLE_RATE, **options) -> bytes:
     return file.getvalue()
 
 
-EXACT, LOSSY = 2e-4, 2e-2  # 16-bit rounding and the ripple of the filters in the pass band; what a codec leaves out
+EXACT, LOSSY = (
+    2e-4,
+    2e-2,
+)  # 16-bit rounding and the ripple of the filters in the pass band; what a codec leaves out
 
 
 @pytest.mark.parametrize(
@@ -135,7 +175,9 @@ EXACT, LOSSY = 2e-4, 2e-2  # 16-bit rounding and the ripple of the filters in th
         ("MP3", 24_000, 1, LOSSY),
     ],
 )
-def test_a_file_becomes_16_khz_with_its_channels_averaged(container, rate, channels, tolerance, tmp_path):
+def test_a_file_becomes_16_khz_with_its_channels_averaged(
+    container, rate, channels, tolerance, tmp_path
+):
     path = tmp_path / f"clip.{container.lower()}"
     path.write_bytes(encoded(tones(1, rate, channels), rate, format=container))
     wave = load_audio(path)
@@ -147,7 +189,8 @@ def test_a_file_becomes_16_khz_with_its_channels_averaged(container, rate, chann
 
 # Two steps: libsndfile writes 32,767ths and reads 32,768ths.
 @pytest.mark.parametrize(
-    "subtype, tolerance", [("PCM_U8", 2**-6), ("PCM_16", 2**-14), ("PCM_24", 2**-22), ("FLOAT", 0), ("DOUBLE", 0)]
+    "subtype, tolerance",
+    [("PCM_U8", 2**-6), ("PCM_16", 2**-14), ("PCM_24", 2**-22), ("FLOAT", 0), ("DOUBLE", 0)],
 )
 def test_samples_of_every_width_are_read(subtype, tolerance):
     sound = noise(4000).clip(-0.99, 0.99)
@@ -196,12 +239,18 @@ def test_a_numpy_array_is_taken_as_16_khz(dtype):
 def test_a_torch_tensor_is_taken_as_16_khz(dtype):
     tensor = torch.from_numpy(noise(1000)).to(dtype).requires_grad_()
     wave = load_audio(tensor)
-    assert wave.dtype == torch.float32 and not wave.requires_grad and torch.equal(wave, tensor.detach().float())
+    assert (
+        wave.dtype == torch.float32
+        and not wave.requires_grad
+        and torch.equal(wave, tensor.detach().float())
+    )
 
 
 def test_one_hop_is_enough():
     assert len(load_audio(np.zeros(HOP, np.float32))) == 160
-    assert len(load_audio(io.BytesIO(encoded(np.zeros(478), 48_000)))) == 160  # 478 / 3 = 159.3, rounded up
+    assert (
+        len(load_audio(io.BytesIO(encoded(np.zeros(478), 48_000)))) == 160
+    )  # 478 / 3 = 159.3, rounded up
 
 
 def test_a_wav_whose_data_is_cut_short_gives_what_is_there():
@@ -214,7 +263,9 @@ def test_a_wav_whose_data_is_cut_short_gives_what_is_there():
 
 def test_an_mp3_that_is_cut_short_gives_no_more_than_was_decoded():
     data = encoded(noise(160_000), format="MP3")
-    wave = load_audio(io.BytesIO(data[: len(data) // 2]))  # its header still promises 160,000 samples
+    wave = load_audio(
+        io.BytesIO(data[: len(data) // 2])
+    )  # its header still promises 160,000 samples
     assert 70_000 < len(wave) < 90_000
 
 
@@ -247,7 +298,9 @@ NOT_SOUND = {
 
 
 @pytest.mark.parametrize("name", NOT_SOUND)
-def test_without_ffmpeg_what_soundfile_cannot_read_is_refused_and_ffmpeg_missed(name, tmp_path, no_ffmpeg):
+def test_without_ffmpeg_what_soundfile_cannot_read_is_refused_and_ffmpeg_missed(
+    name, tmp_path, no_ffmpeg
+):
     path = tmp_path / name
     path.write_bytes(NOT_SOUND[name])
     sentence = refusal(path)
@@ -257,7 +310,11 @@ def test_without_ffmpeg_what_soundfile_cannot_read_is_refused_and_ffmpeg_missed(
 @pytest.mark.parametrize("name, reason", [("missing.wav", "No such file"), ("", "directory")])
 def test_what_is_no_file_is_refused_by_its_name(name, reason, tmp_path):
     sentence = refusal(tmp_path / name)
-    assert str(tmp_path / name) in sentence and reason in sentence and "expected a sound file" in sentence
+    assert (
+        str(tmp_path / name) in sentence
+        and reason in sentence
+        and "expected a sound file" in sentence
+    )
 
 
 EMPTY, SHORT, NOT_FINITE = ["0 samples", "160"], ["159 samples", "160"], ["NaN", "infini"]
@@ -284,7 +341,11 @@ def test_a_file_with_bad_samples_is_refused(name, sound, rate, words, tmp_path):
     assert name in sentence and all(word in sentence for word in words), sentence
 
 
-INTEGERS, TWO_DIMENSIONS, NO_DIMENSION = ["int16", "float"], ["[2, 1000]", "[samples]"], ["[]", "[samples]"]
+INTEGERS, TWO_DIMENSIONS, NO_DIMENSION = (
+    ["int16", "float"],
+    ["[2, 1000]", "[samples]"],
+    ["[]", "[samples]"],
+)
 
 
 @pytest.mark.parametrize("make", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
@@ -347,7 +408,9 @@ def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", FORMATS)
 def test_ffmpeg_reads_the_whole_sound(name, tmp_path):
     wave, original = load_audio(make(tmp_path / name, *FORMATS[name])), load_audio(JFK)
-    assert abs(len(wave) - len(original)) <= 2048  # a codec's frame of at most 1024 samples at either end
+    assert (
+        abs(len(wave) - len(original)) <= 2048
+    )  # a codec's frame of at most 1024 samples at either end
     assert likeness(wave, original) > 0.98
 
 
@@ -362,7 +425,9 @@ def test_ffmpeg_averages_channels_and_resamples(tmp_path):
     wave = load_audio(make(tmp_path / "left.m4a", "-af", left_only, "-c:a", "alac"))
     assert abs(len(wave) - len(load_audio(JFK))) <= 1
     expected = load_audio(JFK)[:-10] / 2
-    assert float((wave[: len(expected)] - expected).norm() / expected.norm()) < 0.02  # two resamplers' ways at 8 kHz
+    assert (
+        float((wave[: len(expected)] - expected).norm() / expected.norm()) < 0.02
+    )  # two resamplers' ways at 8 kHz
 
 
 NAMES = ["with spaces.m4a", "http:colon.m4a", "concat:a|b.m4a", "-i.m4a", "50%d.m4a", "ünï日本.m4a"]
@@ -416,7 +481,9 @@ def test_a_playlist_that_names_another_file_is_refused(kind, other, name, tmp_pa
 # ---- log-mel ----
 
 
-@pytest.mark.parametrize("samples, frames", [(160, 1), (319, 1), (320, 2), (16_000, 100), (175_999, 1099)])
+@pytest.mark.parametrize(
+    "samples, frames", [(160, 1), (319, 1), (320, 2), (16_000, 100), (175_999, 1099)]
+)
 def test_a_log_mel_has_a_frame_for_every_whole_hop_and_is_bfloat16_made_of_float32(samples, frames):
     mel, spectrum = log_mel(torch.from_numpy(noise(samples))), mel_spectrum(noise(samples))
     assert mel.shape == spectrum.shape == (128, frames)
@@ -435,7 +502,9 @@ def test_the_log_mel_is_a_fourier_transform_written_out():
         power = (np.cos(angles) @ frame) ** 2 + (np.sin(angles) @ frame) ** 2
         expected[:, i] = np.log10(mel_filters() @ power)
     expected = np.maximum(expected, expected.max() - 8) / 4 + 1
-    np.testing.assert_allclose(mel_spectrum(wave.astype(np.float32)), expected, rtol=0, atol=1e-6)  # complex64, float32
+    np.testing.assert_allclose(
+        mel_spectrum(wave.astype(np.float32)), expected, rtol=0, atol=1e-6
+    )  # complex64, float32
 
 
 # 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel apart: below 1000 Hz
@@ -448,7 +517,11 @@ def test_the_log_mel_is_a_fourier_transform_written_out():
         (1, 1, (40 - 23.382728) / 23.382728 * 2 / 46.765456),  # rising from 23.38 to 46.77 Hz
         (2, 1, 0.0),  # from 46.77 Hz on
         (127, 200, 0.0),  # 8000 Hz, where it ends
-        (127, 198, (8000 - 7920) / 190.605 * 2 / 376.669),  # falling from 7809.395 to 8000 Hz, from 7623.331 on
+        (
+            127,
+            198,
+            (8000 - 7920) / 190.605 * 2 / 376.669,
+        ),  # falling from 7809.395 to 8000 Hz, from 7623.331 on
     ],
 )
 def test_a_mel_filter_has_the_value_that_slaneys_scale_gives(filter, bin, value):
@@ -461,13 +534,19 @@ def test_silence_is_the_logarithm_of_the_floor():
 
 def test_nothing_is_more_than_80_decibels_below_the_clips_loudest_value():
     mel = mel_spectrum(np.concatenate([noise(8000), np.zeros(8000, np.float32)]))
-    assert mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)  # 80 dB is 8 in log10, and a quarter of it 2
+    assert (
+        mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)
+    )  # 80 dB is 8 in log10, and a quarter of it 2
 
 
 def test_a_clip_40_decibels_louder_is_higher_by_1_everywhere():
     wave = np.concatenate([noise(8000), np.zeros(8000, np.float32)])
-    shift = mel_spectrum(100 * wave) - mel_spectrum(wave)  # of the silence too: the maximum is the clip's own
-    np.testing.assert_allclose(shift, 1, rtol=0, atol=1e-5)  # 100 x wave is rounded too: 1e-7, and more of what cancels
+    shift = mel_spectrum(100 * wave) - mel_spectrum(
+        wave
+    )  # of the silence too: the maximum is the clip's own
+    np.testing.assert_allclose(
+        shift, 1, rtol=0, atol=1e-5
+    )  # 100 x wave is rounded too: 1e-7, and more of what cancels
 
 
 def test_a_clip_under_201_samples_is_reflected_again_and_again():

@@ -36,7 +36,9 @@ def tiny() -> MossAudio:
     return MossAudio.from_pretrained(TINY, device="cpu", dtype="float32")
 
 
-@pytest.mark.parametrize("shipped", SHIPPED, ids=[f"{one.sound.stem}: {one.prompt}" for one in SHIPPED])
+@pytest.mark.parametrize(
+    "shipped", SHIPPED, ids=[f"{one.sound.stem}: {one.prompt}" for one in SHIPPED]
+)
 def test_a_shipped_sound_gives_the_ids_that_ship_with_it(shipped):
     prompt = tiny().prompt(shipped.prompt, shipped.sound)
     assert list(tiny().generate(prompt, temperature=0)) == shipped.ids
@@ -48,7 +50,11 @@ def test_a_shipped_sound_gives_the_ids_that_ship_with_it(shipped):
 def test_what_it_says_of_the_shipped_sounds_is_right(capsys):
     assert evaluate.main(["--data", str(TINY / "sounds.jsonl"), "--device", "cpu", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["prompts"]
-    for prompt in ("Transcribe the audio.", "Transcribe the audio with timestamps.", "Describe this audio."):
+    for prompt in (
+        "Transcribe the audio.",
+        "Transcribe the audio with timestamps.",
+        "Describe this audio.",
+    ):
         assert scores[prompt]["n"] >= 4 and scores[prompt]["wer"] == 0
     assert scores["Transcribe the audio with timestamps."]["aas_ms"] < 25
 
@@ -66,7 +72,11 @@ def test_without_audio_and_prompt_a_shipped_sound_is_described(argv, capsys):
     assert moss_min.main(argv) == 0
     out, err = capsys.readouterr()
     assert str(moss_min.SAMPLE) in err.splitlines()[0]
-    (sample,) = [one for one in SHIPPED if one.sound.samefile(moss_min.SAMPLE) and one.prompt == "Describe this audio."]
+    (sample,) = [
+        one
+        for one in SHIPPED
+        if one.sound.samefile(moss_min.SAMPLE) and one.prompt == "Describe this audio."
+    ]
     assert out == sample.answer + "\n" if argv else re.search("A voice says|A bell rings", out)
 
 
@@ -76,6 +86,11 @@ def test_it_is_small_and_has_the_released_layout():
     assert sum(tensor.numel() for tensor in weights.values()) <= 2_000_000
     assert (TINY / "model.safetensors").stat().st_size < 6e6
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 8e6
-    names = {path.name for path in (GOLDEN / "checkpoint").iterdir() if not path.name.startswith("model")}
+    names = {
+        path.name for path in (GOLDEN / "checkpoint").iterdir() if not path.name.startswith("model")
+    }
     assert names <= {path.name for path in TINY.iterdir()}
-    assert tiny().config.encoder.deepstack_encoder_layer_indexes and tiny().config.adapter.enable_time_marker
+    assert (
+        tiny().config.encoder.deepstack_encoder_layer_indexes
+        and tiny().config.adapter.enable_time_marker
+    )

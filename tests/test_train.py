@@ -24,12 +24,24 @@ TOOL = HERE.parent / "tools" / "train.py"
 sys.path.insert(0, str(TOOL.parent))
 import train  # noqa: E402
 from train import (  # noqa: E402
-    SummedLoss, add_lora, batch_hidden, main, make_sample, random_model, save_checkpoint,
+    SummedLoss,
+    add_lora,
+    batch_hidden,
+    main,
+    make_sample,
+    random_model,
+    save_checkpoint,
 )
 
 FOLDER, TRAINING = GOLDEN / "checkpoint", GOLDEN / "training"
 LORA = TRAINING / "lora"
-SECONDS = 0.3, 1.1, 4.0, 5.5, 9.0  # three have a whole chunk: one call of the encoder is for them together
+SECONDS = (
+    0.3,
+    1.1,
+    4.0,
+    5.5,
+    9.0,
+)  # three have a whole chunk: one call of the encoder is for them together
 PROMPT = "Transcribe the audio."
 ANSWERS = "and", "and so", "my fellow [1.25] americans", "ask not what your country", "can do"
 REST = {"added_tokens.json", "config.json", "generation_config.json", "merges.txt", "processor_config.json",
@@ -46,7 +58,9 @@ def one_thread():
 
 def data_line(clip, answer: str = "yes", prompt: str = PROMPT) -> dict:
     turns = ("user", "audio", str(clip)), ("user", "text", prompt), ("assistant", "text", answer)
-    return {"conversation": [dict(zip(("role", "message_type", "content"), turn)) for turn in turns]}
+    return {
+        "conversation": [dict(zip(("role", "message_type", "content"), turn)) for turn in turns]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +70,9 @@ def data(tmp_path_factory) -> Path:
     (folder / "clips").mkdir()
     samples, rate = soundfile.read(JFK, dtype="int16")
     for i, seconds in enumerate(SECONDS):
-        soundfile.write(folder / "clips" / f"{i}.wav", samples[8000 * i :][: int(seconds * rate)], rate)
+        soundfile.write(
+            folder / "clips" / f"{i}.wav", samples[8000 * i :][: int(seconds * rate)], rate
+        )
     lines = [json.dumps(data_line(f"clips/{i}.wav", answer)) for i, answer in enumerate(ANSWERS)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "train.jsonl"
@@ -75,7 +91,9 @@ def read_log(out: Path) -> list[dict]:
 def trained_weights(out: Path) -> dict[str, torch.Tensor]:
     """What a run trained, in float32, from its saved state."""
     state = load_file(out / "training" / "state.safetensors")
-    return {name.removeprefix("weight."): state[name] for name in state if name.startswith("weight.")}
+    return {
+        name.removeprefix("weight."): state[name] for name in state if name.startswith("weight.")
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -102,7 +120,9 @@ def golden_training() -> tuple[dict, dict]:
 
 def golden_sample() -> train.Sample:
     tensors, metadata = golden_training()
-    return make_sample(golden_model(), metadata["text"], [tensors["waveform.0"]], metadata["answer"])
+    return make_sample(
+        golden_model(), metadata["text"], [tensors["waveform.0"]], metadata["answer"]
+    )
 
 
 def logits_of(model: MossAudio, sample: train.Sample) -> torch.Tensor:
@@ -144,11 +164,23 @@ def test_the_loss_and_the_gradient_of_all_170_parameters_are_upstreams():
 
 def test_pefts_adapter_added_to_the_weights_gives_pefts_logits():
     model = MossAudio.from_pretrained(FOLDER, "cpu", "float32", lora=LORA)
-    close(logits_of(model, golden_sample()), load_file(TRAINING / "lora_logits.safetensors")["logits"])
+    close(
+        logits_of(model, golden_sample()), load_file(TRAINING / "lora_logits.safetensors")["logits"]
+    )
 
 
 def test_the_command_line_adds_an_adapter(capsys):
-    argv = [str(JFK), "--model", str(FOLDER), "--device", "cpu", "--greedy", "--max-new-tokens", "8", "--quiet"]
+    argv = [
+        str(JFK),
+        "--model",
+        str(FOLDER),
+        "--device",
+        "cpu",
+        "--greedy",
+        "--max-new-tokens",
+        "8",
+        "--quiet",
+    ]
     answers = []
     for lora in (None, LORA):
         assert moss_min.main([*argv, *(["--lora", str(lora)] if lora else [])]) == 0
@@ -166,7 +198,9 @@ def test_pefts_tensors_put_into_add_lora_give_pefts_logits():
     renamed = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
     missing, unexpected = model.load_state_dict(renamed, strict=False)
     assert not unexpected and not [name for name in missing if ".lora_" in name]
-    close(logits_of(model, golden_sample()), load_file(TRAINING / "lora_logits.safetensors")["logits"])
+    close(
+        logits_of(model, golden_sample()), load_file(TRAINING / "lora_logits.safetensors")["logits"]
+    )
 
 
 def test_a_new_adapter_changes_nothing():
@@ -189,7 +223,10 @@ def samples(data) -> list[train.Sample]:
 def test_a_sample_is_inferences_prompt_and_the_answer_which_alone_is_learned(time_markers):
     model = golden_model()
     prompt = model.prompt(PROMPT, [JFK], time_markers)
-    learned = [*model.tokenizer.encode("ask [0.50] not").ids, model.tokenizer.token_to_id("<|im_end|>")]
+    learned = [
+        *model.tokenizer.encode("ask [0.50] not").ids,
+        model.tokenizer.token_to_id("<|im_end|>"),
+    ]
     sample = make_sample(model, PROMPT, [JFK], "ask [0.50] not", time_markers)
     assert sample.ids.tolist() == prompt.ids.tolist() + learned
     assert sample.labels.tolist() == [-100] * len(prompt.ids) + learned
@@ -200,14 +237,27 @@ def test_a_sample_is_inferences_prompt_and_the_answer_which_alone_is_learned(tim
 
 def test_a_sample_in_a_batch_has_the_hidden_states_of_inference_and_the_loss_it_has_alone(samples):
     model, summed = golden_model(), SummedLoss(golden_model())
-    text = make_sample(model, "hello", [], "a longer answer than prompt " * 9)  # without a sound, and the longest
+    text = make_sample(
+        model, "hello", [], "a longer answer than prompt " * 9
+    )  # without a sound, and the longest
     two = make_sample(model, PROMPT, [samples_of_jfk(0.2), samples_of_jfk(4.7)], "two clips")
     everything = [*samples, text, two]
     with torch.no_grad():
         embedded = [model.embed(Prompt(sample.ids, sample.mels)) for sample in everything]
-        alone = [model.language_model(x, torch.arange(x.shape[1])[None], deepstack=rows)[0] for x, rows in embedded]
+        alone = [
+            model.language_model(x, torch.arange(x.shape[1])[None], deepstack=rows)[0]
+            for x, rows in embedded
+        ]
         losses = [summed([sample]).item() for sample in everything]
-        for order in ([0, 1, 2, 3, 4, 5, 6], [6, 4, 5, 3, 2, 1, 0], [1, 4], [2, 0, 3, 1, 6], [5, 2], [3, 3, 6], [5]):
+        for order in (
+            [0, 1, 2, 3, 4, 5, 6],
+            [6, 4, 5, 3, 2, 1, 0],
+            [1, 4],
+            [2, 0, 3, 1, 6],
+            [5, 2],
+            [3, 3, 6],
+            [5],
+        ):
             hidden, labels = batch_hidden(model, [everything[i] for i in order])
             for row, label, i in zip(hidden, labels, order):
                 N = len(everything[i].ids)
@@ -250,18 +300,31 @@ def full_run(data, tmp_path_factory) -> Path:
 
 def test_a_few_steps_from_random_weights_lower_the_loss(data, tmp_path, capsys):
     capsys.readouterr()
-    assert main(arguments(data, tmp_path, "--init", FOLDER, "--steps", 12, "--batch", 5, "--lr", 3e-3)) == 0
+    assert (
+        main(arguments(data, tmp_path, "--init", FOLDER, "--steps", 12, "--batch", 5, "--lr", 3e-3))
+        == 0
+    )
     lines, log = capsys.readouterr().err.splitlines(), read_log(tmp_path)
-    assert len(lines) == 12 and lines[-1].startswith("step 12/12: loss ") and "minutes left" in lines[-1]
+    assert (
+        len(lines) == 12
+        and lines[-1].startswith("step 12/12: loss ")
+        and "minutes left" in lines[-1]
+    )
     assert [entry["step"] for entry in log] == list(range(1, 13))
     assert set(log[0]) == {"step", "loss", "lr"} and log[0]["lr"] == pytest.approx(3e-3)
-    assert log[0]["loss"] == pytest.approx(np.log(320), abs=0.5)  # nothing is known of a vocabulary of 320
+    assert log[0]["loss"] == pytest.approx(
+        np.log(320), abs=0.5
+    )  # nothing is known of a vocabulary of 320
     assert log[-1]["loss"] < log[0]["loss"] - 1
 
 
 def test_random_weights_are_the_seeds_and_take_nothing_from_the_folders():
-    first, again, other = (dict(random_model(FOLDER, seed).named_parameters()) for seed in (0, 0, 1))
-    drawn = [name for name, weight in first.items() if len(weight.unique()) > 1]  # norms begin as 1, biases as 0
+    first, again, other = (
+        dict(random_model(FOLDER, seed).named_parameters()) for seed in (0, 0, 1)
+    )
+    drawn = [
+        name for name, weight in first.items() if len(weight.unique()) > 1
+    ]  # norms begin as 1, biases as 0
     assert len(drawn) > 100
     for name in drawn:
         assert torch.equal(first[name], again[name])
@@ -290,7 +353,10 @@ def test_what_is_saved_is_a_released_folder_in_bfloat16(full_run):
     assert stored.keys() == golden.keys() - buffers
     assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in stored.items())
     loaded = MossAudio.from_pretrained(full_run, "cpu", "float32")
-    assert all(torch.equal(parameter, stored[name].float()) for name, parameter in loaded.named_parameters())
+    assert all(
+        torch.equal(parameter, stored[name].float())
+        for name, parameter in loaded.named_parameters()
+    )
 
 
 def test_what_is_larger_than_a_shard_is_saved_in_shards_with_an_index(tmp_path):
@@ -301,8 +367,12 @@ def test_what_is_larger_than_a_shard_is_saved_in_shards_with_an_index(tmp_path):
     tensors = [load_file(tmp_path / shard) for shard in shards]
     assert all(sum(tensor.nbytes for tensor in shard.values()) <= 300_000 for shard in tensors)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file for file, shard in zip(shards, tensors) for name in shard}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for shard in tensors for tensor in shard.values())
+    assert index["weight_map"] == {
+        name: file for file, shard in zip(shards, tensors) for name in shard
+    }
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for shard in tensors for tensor in shard.values()
+    )
     loaded = MossAudio.from_pretrained(tmp_path, "cpu", "bfloat16").state_dict()
     expected = golden_model("checkpoint", "bfloat16").state_dict()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
@@ -310,7 +380,12 @@ def test_what_is_larger_than_a_shard_is_saved_in_shards_with_an_index(tmp_path):
 
 def test_one_file_takes_the_place_of_shards_and_the_other_way_round(tmp_path):
     first, second = random_model(FOLDER, 0), random_model(FOLDER, 1)
-    for model, shard_bytes in (first, 300_000), (second, 5_000_000), (first, 300_000), (second, 400_000):
+    for model, shard_bytes in (
+        (first, 300_000),
+        (second, 5_000_000),
+        (first, 300_000),
+        (second, 400_000),
+    ):
         save_checkpoint(model, tmp_path, FOLDER, shard_bytes)
         loaded = MossAudio.from_pretrained(tmp_path, "cpu", "bfloat16").lm_head.weight
         assert torch.equal(loaded, model.lm_head.weight.bfloat16())
@@ -331,7 +406,11 @@ def lora_run(data, tmp_path_factory):
     out, models = tmp_path_factory.mktemp("lora"), []
     with pytest.MonkeyPatch.context() as patch:
         real = train.train
-        patch.setattr(train, "train", lambda model, lines, args: (models.append(model), real(model, lines, args)))
+        patch.setattr(
+            train,
+            "train",
+            lambda model, lines, args: (models.append(model), real(model, lines, args)),
+        )
         argv = "--steps", 3, "--batch", 2, "--lr", 1e-2, "--lora-rank", 4, "--lora-encoder"
         assert main(arguments(data, out, *argv)) == 0
     return out, models[0]
@@ -342,7 +421,9 @@ def test_lora_trains_its_a_and_b_and_nothing_else_to_the_bit(lora_run):
     trained, state = trained_weights(out), model.state_dict()
     assert trained.keys() == {name for name in state if ".lora_" in name}
     assert all(tensor.any() for tensor in trained.values())  # B began as 0
-    frozen = {name.replace(".base.", "."): tensor for name, tensor in state.items() if name not in trained}
+    frozen = {
+        name.replace(".base.", "."): tensor for name, tensor in state.items() if name not in trained
+    }
     before = golden_model().state_dict()
     assert frozen.keys() == before.keys()
     assert all(torch.equal(frozen[name], before[name]) for name in before)
@@ -351,17 +432,38 @@ def test_lora_trains_its_a_and_b_and_nothing_else_to_the_bit(lora_run):
 
 def test_the_saved_adapter_has_pefts_names_and_keys_and_loads(lora_run, samples):
     out, model = lora_run
-    saved, pefts = load_file(out / "adapter_model.safetensors"), load_file(LORA / "adapter_model.safetensors")
+    saved, pefts = (
+        load_file(out / "adapter_model.safetensors"),
+        load_file(LORA / "adapter_model.safetensors"),
+    )
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in saved.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in pefts.items()
     }
-    config, golden = (json.loads((folder / "adapter_config.json").read_text()) for folder in (out, LORA))
+    config, golden = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (out, LORA)
+    )
     assert config == {name: golden[name] for name in config}
-    assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules", "bias", "modules_to_save"} <= config.keys()
-    assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "training"}
+    assert {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "bias",
+        "modules_to_save",
+    } <= config.keys()
+    assert {path.name for path in out.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "training",
+    }
     loaded = MossAudio.from_pretrained(FOLDER, "cpu", "float32", lora=out)
-    assert not torch.allclose(logits_of(loaded, samples[3]), logits_of(golden_model(), samples[3]), atol=1e-2)
-    close(logits_of(loaded, samples[3]), logits_of(model, samples[3]), 2e-5)  # W x + s B A x is not (W + s B A) x
+    assert not torch.allclose(
+        logits_of(loaded, samples[3]), logits_of(golden_model(), samples[3]), atol=1e-2
+    )
+    close(
+        logits_of(loaded, samples[3]), logits_of(model, samples[3]), 2e-5
+    )  # W x + s B A x is not (W + s B A) x
 
 
 def test_without_lora_encoder_the_decoder_alone_is_adapted(data, tmp_path):
@@ -370,30 +472,42 @@ def test_without_lora_encoder_the_decoder_alone_is_adapted(data, tmp_path):
     saved, pefts = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, LORA))
     assert saved.keys() == {name for name in pefts if "audio_encoder" not in name}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (2, 6) and "audio_encoder" not in config["target_modules"]
+    assert (config["r"], config["lora_alpha"]) == (2, 6) and "audio_encoder" not in config[
+        "target_modules"
+    ]
     assert {scale for *_, scale in read_lora(tmp_path, golden_model()).values()} == {3}
 
 
 def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
     assert main(["--model", str(FOLDER), "--merge", str(LORA), "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == REST | {"model.safetensors"}
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # whoever may read one may read all
+    assert (
+        len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+    )  # whoever may read one may read all
     merged = MossAudio.from_pretrained(tmp_path, "cpu", "bfloat16")
     loaded = MossAudio.from_pretrained(FOLDER, "cpu", "bfloat16", lora=LORA)
     assert torch.equal(logits_of(merged, golden_sample()), logits_of(loaded, golden_sample()))
     base, adapter = golden_model().state_dict(), load_file(LORA / "adapter_model.safetensors")
     for name, weight in merged.state_dict().items():
         part = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        product = 0.5 * adapter[f"{part}B.weight"] @ adapter[f"{part}A.weight"] if f"{part}A.weight" in adapter else 0
+        product = (
+            0.5 * adapter[f"{part}B.weight"] @ adapter[f"{part}A.weight"]
+            if f"{part}A.weight" in adapter
+            else 0
+        )
         assert torch.equal(weight, (base[name] + product).bfloat16()), name
 
 
-def test_weights_that_are_stored_in_float32_are_rounded_after_the_adapter_is_added_not_before(checkpoint):
+def test_weights_that_are_stored_in_float32_are_rounded_after_the_adapter_is_added_not_before(
+    checkpoint,
+):
     for path in checkpoint.glob("model*"):
         path.unlink()
     weights = {name: weight.detach() for name, weight in random_model(FOLDER, 0).named_parameters()}
     save_file(weights, checkpoint / "model.safetensors")
-    exact, rounded = (MossAudio.from_pretrained(checkpoint, "cpu", t, lora=LORA) for t in ("float32", "bfloat16"))
+    exact, rounded = (
+        MossAudio.from_pretrained(checkpoint, "cpu", t, lora=LORA) for t in ("float32", "bfloat16")
+    )
     for name, weight in rounded.named_parameters():
         assert torch.equal(weight, exact.get_parameter(name).bfloat16()), name
 
@@ -402,14 +516,24 @@ def test_weights_that_are_stored_in_float32_are_rounded_after_the_adapter_is_add
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)])
-def test_a_run_that_was_stopped_and_goes_on_ends_as_one_that_was_not(lora, data, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_and_goes_on_ends_as_one_that_was_not(
+    lora, data, tmp_path, monkeypatch
+):
     argv = "--steps", 5, "--batch", 2, "--lr", 1e-3, "--save-every", 2, *lora
-    whole, halves, real, drawn, last = tmp_path / "whole", tmp_path / "halves", train.learning_rate, [], 5
+    whole, halves, real, drawn, last = (
+        tmp_path / "whole",
+        tmp_path / "halves",
+        train.learning_rate,
+        [],
+        5,
+    )
 
     def learning_rate(step, *rest):
         if step == last:
             raise KeyboardInterrupt
-        drawn.append((step, torch.rand(1).item()))  # for the random state; training itself draws nothing today
+        drawn.append(
+            (step, torch.rand(1).item())
+        )  # for the random state; training itself draws nothing today
         return real(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate", learning_rate)
@@ -443,7 +567,15 @@ def test_going_on_with_other_arguments_is_refused(full_run, data, capsys):
 
 def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_path, capsys):
     common = "--steps", 3, "--lr", 1e-3, "--batch"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOOL)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(TOOL),
+    ]
     two = subprocess.Popen(
         [*command, *arguments(data, tmp_path / "processes", *common, 2)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -458,15 +590,22 @@ def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_pa
     assert two.returncode == 0, said
     norms = [[float(norm) for norm in re.findall(r"gradient (\S+),", text)] for text in (one, said)]
     assert len(norms[1]) == 3  # one process speaks
-    assert norms[1] == pytest.approx(norms[0], abs=0.011)  # of two decimals, the last may be rounded otherwise
+    assert norms[1] == pytest.approx(
+        norms[0], abs=0.011
+    )  # of two decimals, the last may be rounded otherwise
     losses = [entry["loss"] for entry in read_log(tmp_path / "batch")]
     weights = trained_weights(tmp_path / "batch")
     for other in "accumulated", "processes":
-        assert [entry["loss"] for entry in read_log(tmp_path / other)] == pytest.approx(losses, rel=1e-5)
+        assert [entry["loss"] for entry in read_log(tmp_path / other)] == pytest.approx(
+            losses, rel=1e-5
+        )
         for name, tensor in trained_weights(tmp_path / other).items():
             # AdamW divides by the gradient's size: where that is rounding, so is the step's sign, 3e-3 in all
             assert (tensor - weights[name]).abs().mean() < 3e-5, name
-    assert {path.name for path in (tmp_path / "processes").iterdir()} == REST | {"model.safetensors", "training"}
+    assert {path.name for path in (tmp_path / "processes").iterdir()} == REST | {
+        "model.safetensors",
+        "training",
+    }
 
 
 # ---- writing ----
@@ -505,16 +644,22 @@ def test_what_was_there_stays_when_saving_fails_and_the_run_is_refused_in_one_li
     assert main(arguments(data, tmp_path, *argv)) == 0
     whole = contents(tmp_path)
     shutil.rmtree(tmp_path / "training")
-    monkeypatch.setattr(train, "save_file", failing_save(1))  # the first state is written, the second is not
+    monkeypatch.setattr(
+        train, "save_file", failing_save(1)
+    )  # the first state is written, the second is not
     capsys.readouterr()
     assert main(arguments(data, tmp_path, *argv)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "train.py: no space left"
     assert contents(tmp_path) == whole
     with safe_open(tmp_path / "training" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["step"] == 2
-    monkeypatch.setattr(train, "save_file", failing_save(1))  # now the last state is, and the weights are not
+    monkeypatch.setattr(
+        train, "save_file", failing_save(1)
+    )  # now the last state is, and the weights are not
     assert main(arguments(data, tmp_path, *argv)) == 2
-    assert {name: content for name, content in contents(tmp_path).items() if not name.endswith(".part")} == whole
+    assert {
+        name: content for name, content in contents(tmp_path).items() if not name.endswith(".part")
+    } == whole
 
 
 # ---- bad data ----
@@ -533,7 +678,9 @@ def small(tmp_path, data, monkeypatch) -> Path:
 
 
 def without(line: dict, *kind: str) -> dict:
-    return {"conversation": [t for t in line["conversation"] if (t["role"], t["message_type"]) != kind]}
+    return {
+        "conversation": [t for t in line["conversation"] if (t["role"], t["message_type"]) != kind]
+    }
 
 
 GOOD = data_line("clips/0.wav")
@@ -554,9 +701,18 @@ BAD = {
     "not sound": (data_line("noise.wav"), "noise.wav: "),
     "too short": (data_line("short.wav"), "short.wav: 100 samples"),
     "long clip": (data_line("long.wav"), "expected at most 200"),
-    "long answer": (data_line("clips/0.wav", "yes " * 100), "tokens with its answer; expected at most 200"),
-    "placeholders": (data_line("clips/0.wav", prompt="".join(moss_min.CLIP) * 2), "2 audio placeholders"),
-    "sound in the answer": (data_line("clips/0.wav", f"a {SOUND}"), "the answer has a token that stands for sound"),
+    "long answer": (
+        data_line("clips/0.wav", "yes " * 100),
+        "tokens with its answer; expected at most 200",
+    ),
+    "placeholders": (
+        data_line("clips/0.wav", prompt="".join(moss_min.CLIP) * 2),
+        "2 audio placeholders",
+    ),
+    "sound in the answer": (
+        data_line("clips/0.wav", f"a {SOUND}"),
+        "the answer has a token that stands for sound",
+    ),
     "not UTF-8": ("\udcff", "expected turns"),  # written as the byte 0xff
     "a surrogate": (data_line("clips/0.wav", "\ud800"), "the answer has bytes that are not UTF-8"),
 }
@@ -566,7 +722,12 @@ BAD = {
 def test_a_bad_line_is_named_before_the_first_step(kind, small, capsys):
     bad, expected = BAD[kind]
     soundfile.write("long.wav", np.zeros(30 * 16_000), 16_000)
-    lines = [json.dumps(GOOD), "", bad if isinstance(bad, str) else json.dumps(bad), json.dumps(GOOD)]
+    lines = [
+        json.dumps(GOOD),
+        "",
+        bad if isinstance(bad, str) else json.dumps(bad),
+        json.dumps(GOOD),
+    ]
     Path("bad.jsonl").write_text("\n".join(lines), "utf-8", "surrogateescape")
     said = refusal(capsys, arguments("bad.jsonl", "out", "--steps", 1)[2:] + ["--model", "small"])
     assert said.startswith("train.py: bad.jsonl: 1 bad lines: line 3: ") and expected in said
@@ -653,8 +814,12 @@ MODULE = "base_model.model.language_model.layers.0.mlp.up_proj."
 A, B = MODULE + "lora_A.weight", MODULE + "lora_B.weight"
 SPOILT = {
     "a third tensor": lambda tensors: tensors | {MODULE + "lora_magnitude_vector": torch.ones(112)},
-    "no such module": lambda tensors: {name.replace("layers.4.", "layers.5."): tensors[name] for name in tensors},
-    "a tensor that is not LoRA's": lambda tensors: tensors | {"base_model.model.lm_head.weight": torch.ones(320, 64)},
+    "no such module": lambda tensors: {
+        name.replace("layers.4.", "layers.5."): tensors[name] for name in tensors
+    },
+    "a tensor that is not LoRA's": lambda tensors: (
+        tensors | {"base_model.model.lm_head.weight": torch.ones(320, 64)}
+    ),
     "A alone": lambda tensors: {name: tensors[name] for name in tensors.keys() - {B}},
     "B alone": lambda tensors: {name: tensors[name] for name in tensors.keys() - {A}},
     "a narrow A": lambda tensors: tensors | {A: torch.ones(4, 63)},
@@ -675,7 +840,9 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, capsys):
     path = adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     refused_adapter(adapter, "adapter_model.safetensors", "expected a whole file")
-    assert main(["--model", str(FOLDER), "--merge", str(adapter), "--out", str(adapter / "out")]) == 2
+    assert (
+        main(["--model", str(FOLDER), "--merge", str(adapter), "--out", str(adapter / "out")]) == 2
+    )
     assert moss_min.main([str(JFK), "--model", str(FOLDER), "--lora", str(adapter), "--quiet"]) == 2
     assert capsys.readouterr().err.count("\n") == 2
     path.unlink()

@@ -30,28 +30,50 @@ Line = namedtuple("Line", "number prompt clips")  # of the manifest, from 1; a s
 
 # ---- files ----
 
+
 def read_manifest(path: Path) -> dict[str | int, Line]:
     """The manifest's lines by their ids. Raises ValueError that names the bad ones, an id given twice, too."""
+
     def read(data: dict) -> tuple:
-        require(type(data) is dict, 'expected a JSON object like {"audio": "clip.wav", "prompt": "...", "id": "a"}')
-        audio, prompt, given = (data.get(key) for key in ("audio", "prompt", "id"))  # null is as if it were not there
+        require(
+            type(data) is dict,
+            'expected a JSON object like {"audio": "clip.wav", "prompt": "...", "id": "a"}',
+        )
+        audio, prompt, given = (
+            data.get(key) for key in ("audio", "prompt", "id")
+        )  # null is as if it were not there
         clips = [audio] if type(audio) is str else [] if audio is None else audio
         good = type(clips) is list and all(type(clip) is str for clip in clips)
         require(good, f"audio is {audio!r:.60}; expected a path or a list of paths")
-        require(prompt is None or type(prompt) is str, f"prompt is {prompt!r:.60}; expected a string")
-        require(given is None or type(given) in (str, int), f"id is {given!r:.60}; expected a string or whole number")
+        require(
+            prompt is None or type(prompt) is str, f"prompt is {prompt!r:.60}; expected a string"
+        )
+        require(
+            given is None or type(given) in (str, int),
+            f"id is {given!r:.60}; expected a string or whole number",
+        )
         require(clips or prompt is not None, "expected audio, a prompt or both")
-        return given, "Describe this audio." if prompt is None else prompt, [path.parent / clip for clip in clips]
+        return (
+            given,
+            "Describe this audio." if prompt is None else prompt,
+            [path.parent / clip for clip in clips],
+        )
 
     lines = {}
     for number, (given, prompt, clips) in each_line(path, read_json_lines(path), read).items():
         name = number if given is None else given
-        require(name not in lines, f"{path}: line {number}: id {name!r:.60} is given twice; expected one line for each")
+        require(
+            name not in lines,
+            f"{path}: line {number}: id {name!r:.60} is given twice; expected one line for each",
+        )
         lines[name] = Line(number, prompt, clips)
     require(len(lines) > 0, f"{path}: no lines; expected at least one")
     return lines
 
-def read_answers(path: Path, lines: dict[str | int, Line]) -> Iterator[tuple[str | int, bytes, bool]]:
+
+def read_answers(
+    path: Path, lines: dict[str | int, Line]
+) -> Iterator[tuple[str | int, bytes, bool]]:
     """(id, the line as it stands, whether it is an error) of an answers file, without half a line at the end. Raises
     ValueError for other lines that are no answers to the manifest's."""
     texts = path.read_bytes().split(b"\n")
@@ -63,16 +85,27 @@ def read_answers(path: Path, lines: dict[str | int, Line]) -> Iterator[tuple[str
         if not text.strip() or answer is None and number == len(texts) and text.startswith(b"{"):
             continue  # a run was killed as it wrote
         good = type(answer) is dict and ("text" in answer) != ("error" in answer)
-        require(good, f'{path}: line {number} is no {{"id", "text"}} or {{"id", "error"}}; expected answers alone')
+        require(
+            good,
+            f'{path}: line {number} is no {{"id", "text"}} or {{"id", "error"}}; expected answers alone',
+        )
         name = answer.get("id")
         known = type(name) in (str, int) and name in lines
-        require(known, f"{path}: line {number}: id {name!r:.60} is not in the manifest; expected another --out")
+        require(
+            known,
+            f"{path}: line {number}: id {name!r:.60} is not in the manifest; expected another --out",
+        )
         yield name, text, "error" in answer
 
-def merge(out: Path, lines: dict[str | int, Line], drop_errors: bool = False) -> dict[str | int, bool]:
+
+def merge(
+    out: Path, lines: dict[str | int, Line], drop_errors: bool = False
+) -> dict[str | int, bool]:
     """Brings the answers of out and its parts into out, in the manifest's order, each as it stands, and removes the
     parts. Of two answers to a line the first counts. Returns whether it is an error, by id."""
-    parts = sorted(file for file in out.parent.iterdir() if file.name.startswith(out.name + ".part-"))
+    parts = sorted(
+        file for file in out.parent.iterdir() if file.name.startswith(out.name + ".part-")
+    )
     found = {}
     for file in [out, *parts] if out.exists() else parts:
         for name, text, failed in read_answers(file, lines):
@@ -87,15 +120,21 @@ def merge(out: Path, lines: dict[str | int, Line], drop_errors: bool = False) ->
         part.unlink()
     return {name: failed for name, (_, failed) in found.items()}
 
+
 # ---- answers ----
 
-def answer(model: MossAudio, lines: dict[str | int, Line], time_markers: bool | None, options: dict) -> list[dict]:
+
+def answer(
+    model: MossAudio, lines: dict[str | int, Line], time_markers: bool | None, options: dict
+) -> list[dict]:
     """An {"id", "text"} or {"id", "error"} for each line, in their order; generated together."""
     answers, prompts, seed = dict.fromkeys(lines), {}, options["seed"]
     for name, line in lines.items():
         try:
             prompt = model.prompt(line.prompt, line.clips, time_markers)
-            model.generate(prompt, **options)  # an iterator: runs nothing, but wants a position to generate at
+            model.generate(
+                prompt, **options
+            )  # an iterator: runs nothing, but wants a position to generate at
             prompts[name] = prompt
         except (ValueError, OSError) as error:
             answers[name] = {"id": name, "error": str(error)}
@@ -111,7 +150,10 @@ def answer(model: MossAudio, lines: dict[str | int, Line], time_markers: bool | 
             answers[names[0]] = {"id": names[0], "error": str(error)}
     return [*answers.values()]
 
-def answer_all(model: MossAudio, lines: dict[str | int, Line], path: Path, args: argparse.Namespace, report) -> None:
+
+def answer_all(
+    model: MossAudio, lines: dict[str | int, Line], path: Path, args: argparse.Namespace, report
+) -> None:
     """Answers lines, batch by batch, and appends each batch to a file; report gets a line on how it goes."""
     options = generation_options(args) | {"report": report}
     names, start = [*lines], time.monotonic()
@@ -121,7 +163,9 @@ def answer_all(model: MossAudio, lines: dict[str | int, Line], path: Path, args:
             batch = {name: lines[name] for name in names[i : i + args.batch]}
             for said in answer(model, batch, args.time_markers, options):
                 text = json.dumps(said, ensure_ascii=False) + "\n"
-                file.write(text.encode(errors="backslashreplace"))  # a lone surrogate is \ud800 in JSON, too
+                file.write(
+                    text.encode(errors="backslashreplace")
+                )  # a lone surrogate is \ud800 in JSON, too
             file.flush()
             done, now = i + len(batch), time.monotonic()
             if now - shown >= 5 or done == len(lines):
@@ -129,30 +173,47 @@ def answer_all(model: MossAudio, lines: dict[str | int, Line], path: Path, args:
                 left = datetime.timedelta(seconds=round((len(lines) - done) / rate))
                 report(f"answered {done} of {len(lines)}, {rate:.2f} a second, {left} left")
 
+
 def own_device(name: str) -> str:
     """Under torchrun, for auto and cuda, this process's own GPU."""
     shared = "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available()
     return f"cuda:{os.environ['LOCAL_RANK']}" if shared else name
 
+
 def run(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    report = (lambda line: print(line, file=sys.stderr, flush=True)) if rank == 0 else (lambda line: None)
+    report = (
+        (lambda line: print(line, file=sys.stderr, flush=True))
+        if rank == 0
+        else (lambda line: None)
+    )
     generation_options(args)  # what is wrong with any of these is said before anything is loaded
     require(args.batch > 0, f"--batch is {args.batch}; expected a whole number from 1 up")
     lines = read_manifest(args.manifest)
     if args.seed is not None:
-        Sampling(seed=args.seed + max(line.number for line in lines.values()))  # the last line's is in range, too
-    require(args.out.parent.is_dir(), f"{args.out.parent} is no folder; expected --out in one that is there")
+        Sampling(
+            seed=args.seed + max(line.number for line in lines.values())
+        )  # the last line's is in range, too
+    require(
+        args.out.parent.is_dir(),
+        f"{args.out.parent} is no folder; expected --out in one that is there",
+    )
     if rank == 0:
         merge(args.out, lines, args.retry_errors)
     if world > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=365))  # the first waits for the slowest
+        dist.init_process_group(
+            "gloo", timeout=datetime.timedelta(days=365)
+        )  # the first waits for the slowest
         dist.barrier()  # of one file, merged, all take different lines
     kept = {name for name, *_ in read_answers(args.out, lines)}
     own = [name for name in lines if name not in kept][rank::world]
-    report(f"{args.out}: {len(kept)} of {len(lines)} lines are answered, {len(own)} are for this process")
+    report(
+        f"{args.out}: {len(kept)} of {len(lines)} lines are answered, {len(own)} are for this process"
+    )
     if own:
-        model = MossAudio.from_pretrained(args.model, own_device(args.device), args.dtype, report, args.lora)
+        model = MossAudio.from_pretrained(
+            args.model, own_device(args.device), args.dtype, report, args.lora
+        )
         path = args.out.with_name(f"{args.out.name}.part-{rank}") if world > 1 else args.out
         answer_all(model, {name: lines[name] for name in own}, path, args, report)
     if world > 1:
@@ -160,22 +221,49 @@ def run(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
     if rank == 0:
         failed = merge(args.out, lines).values()
-        report(f"{args.out}: {len(failed)} of {len(lines)} lines are answered, {sum(failed)} with an error")
-        require(len(failed) == len(lines), f"{args.out}: a part is missing; expected to be run again, alone")
+        report(
+            f"{args.out}: {len(failed)} of {len(lines)} lines are answered, {sum(failed)} with an error"
+        )
+        require(
+            len(failed) == len(lines),
+            f"{args.out}: a part is missing; expected to be run again, alone",
+        )
+
 
 # ---- command line ----
 
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser("batch.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "batch.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error, add = lambda message: require(False, message), parser.add_argument
     add("--manifest", type=Path, required=True, metavar="FILE", help="JSONL of clips and prompts")
-    add("--out", type=Path, required=True, metavar="FILE", help="JSONL of answers; those in it are kept")
-    add("--batch", type=int, default=8, metavar="N", help="lines to be answered together (%(default)s)")
-    add("--retry-errors", action="store_true", help="do the lines again that have an error in --out")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL of answers; those in it are kept",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="lines to be answered together (%(default)s)",
+    )
+    add(
+        "--retry-errors", action="store_true", help="do the lines again that have an error in --out"
+    )
     add_options(parser)
-    warnings.filterwarnings("ignore", "max_new_tokens is cut")  # to what the context leaves: it would come line by line
+    warnings.filterwarnings(
+        "ignore", "max_new_tokens is cut"
+    )  # to what the context leaves: it would come line by line
     try:
         run(parser.parse_args(argv))
     except KeyboardInterrupt:
@@ -188,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"batch: {said:.380}", file=sys.stderr)
         return 2
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())
