@@ -1,385 +1,218 @@
 """MOSS-Audio, minimal and exact: configuration, tokenizer, loading, prompt, model, command line.
-Shapes: T mel frames, N prompt tokens, D the decoder's width, V vocabulary."""
+Shapes: T mel frames, A audio tokens, N prompt tokens, n tokens of a call, B batch, D the decoder's
+width, E the encoder's output_dim, V vocabulary."""
 
-import os, signal, sys
+import os
+import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C is quiet during the imports, too, which take seconds
+if __name__ == "__main__":
+    # Ctrl-C is quiet during the imports, too, which take seconds.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import argparse, json, re, time, warnings
+import argparse
+import functools
+import json
+import re
+import time
+import warnings
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from torch import nn
-from adapter import AdapterConfig, GatedMLP, audio_ids, deepstack_rows, splice
-from encoder import (
-    HOP,
-    SAMPLE_RATE,
-    AudioEncoder,
-    EncoderConfig,
-    count_tokens,
-    load_audio,
-    log_mel,
-    require,
-)
-from qwen3 import Linear, Qwen3, Qwen3Config
-from sample import Sampling, generate, generate_batch, split_thinking, stream_answer, stream_text
+from torch import Tensor, nn
+
+from adapter import AdapterConfig, GatedMLP, audio_ids, splice
+from encoder import HOP, AudioEncoder, EncoderConfig, count_tokens, load_audio, log_mel, require
+from qwen3 import KVCache, Linear, Qwen3, Qwen3Config
+from sample import Picker, Sampling, generate, split_thinking, stream_answer, stream_text
+
+__all__ = ["MossAudio", "Prompt", "load_audio", "log_mel", "split_thinking", "stream_text"]
 
 # ---- configuration ----
-MossConfig = namedtuple(
-    "MossConfig", "encoder adapter decoder stop_ids"
-)  # three config dataclasses, and ints
-KINDS = {  # a config field's type -> whether a JSON value is of it, what was expected
-    int: (lambda v: type(v) is int and 0 < v <= 2**20, "a whole number from 1 to 2^20"),
-    float: (lambda v: type(v) in (int, float) and 0 < v < 2**31, "a number above 0"),
-    bool: (lambda v: type(v) is bool, "true or false"),
-    tuple[int, ...]: (
-        lambda v: type(v) is list and all(type(i) is int and i >= 0 for i in v),
-        "numbers from 0 up",
-    ),
-    dict: (lambda v: type(v) is dict, "an object"),
-}
-FIXED = {  # what would change the arithmetic: refused if it is another, not ignored; all but model_type may be absent
-    "": {"model_type": "moss_audio", "tie_word_embeddings": False},
-    "audio_config": {"num_mel_bins": 128, "activation_function": "gelu", "downsample_rate": 8},
-    "language_config": {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rope_scaling": None,
-        "rope_parameters": None,
-        "use_sliding_window": False,
-        "tie_word_embeddings": False,
-    },
-    "mel_config": {
-        "mel_sr": 16_000,
-        "mel_dim": 128,
-        "mel_n_fft": 400,
-        "mel_hop_length": 160,
-        "mel_dtype": "bfloat16",
-        "use_whisper_feature_extractor": True,
-    },
-}
+
+MossConfig = namedtuple("MossConfig", "encoder adapter decoder stop_ids")
+
+KINDS = {int: "a whole number from 1 to 2^20", float: "a number above 0", bool: "true or false"}
+KINDS |= {tuple[int, ...]: "numbers from 0 up", dict: "an object"}
 
 
 def checked(value, kind: type, name: str):
-    """A JSON value, if it is of that kind (a list as a tuple)."""
-    good, expected = KINDS[kind]
-    require(
-        good(value),
-        f"{name} is {'missing' if value is None else f'{value!r:.60}'}; expected {expected}",
-    )
+    """Returns a JSON value if it is of that kind, a list as a tuple."""
+    good = type(value) is kind
+    if kind is int:
+        good = good and 0 < value <= 2**20
+    elif kind is float:
+        good = type(value) in (int, float) and 0 < value < 2**31
+    elif kind == tuple[int, ...]:
+        good = type(value) is list and all(type(i) is int and i >= 0 for i in value)
+    given = "missing" if value is None else f"{value!r:.60}"
+    require(good, f"{name} is {given}; expected {KINDS[kind]}")
     return tuple(value) if type(value) is list else value
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
-    """The object in a JSON file; an empty one for an optional file that is not there."""
+    """Returns the object in a JSON file; an empty one for an optional file that is not there."""
     try:
         data = {} if optional and not path.exists() else json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} can't be read ({error}); expected a checkpoint folder's JSON file"
-        ) from error
+        raise ValueError(f"{path} can't be read as a checkpoint folder's JSON: {error}") from error
     return checked(data, dict, path.name)
 
 
 def read_fields(config_class: type, data: dict, where: str):
-    """A config dataclass from the values under its fields' names; those that have a default may be left out."""
-    given = [
-        field for field in fields(config_class) if field.name in data or field.default is MISSING
-    ]
-    return config_class(
-        **{f.name: checked(data.get(f.name), f.type, where + f.name) for f in given}
-    )
+    """Makes a config dataclass of the values under its fields' names, which may have defaults."""
+    values = {}
+    for field in fields(config_class):
+        if field.name in data or field.default is MISSING:
+            values[field.name] = checked(data.get(field.name), field.type, where + field.name)
+    return config_class(**values)
 
 
-def require_fixed(data: dict, fixed: dict, where: str) -> None:
-    """Raises ValueError if data has another value under a name than fixed has."""
-    for key, value in fixed.items():
+def require_fixed(data: dict, where: str, **values) -> None:
+    """Refuses other values than these, which would change the arithmetic. All may be absent."""
+    for key, value in values.items():
         given = data.get(key, value)
-        require(given == value, f"{where}{key} is {given!r:.60}; only {value!r} is supported")
+        require(given == value, f"{where}: {key} is {given!r:.60}; only {value!r} is supported")
 
 
 def read_config(folder: Path) -> MossConfig:
-    """The configuration in a checkpoint folder. Raises ValueError for what is missing, wrong or not supported."""
+    """Reads a checkpoint folder's configuration. Raises ValueError for what isn't supported."""
     config = {"model_type": None} | read_json(folder / "config.json")
-    processor = {"mel_config": {}} | read_json(folder / "processor_config.json", optional=True)
-    audio, language, mel = (
-        checked((processor | config).get(name), dict, name) for name in list(FIXED)[1:]
-    )
-    for part, (name, fixed) in zip((config, audio, language, mel), FIXED.items()):
-        require_fixed(part, fixed, f"config.json: {name}{'.' if name else ''}")
+    processor = read_json(folder / "processor_config.json", optional=True)
+    generation = read_json(folder / "generation_config.json", optional=True)
+    audio = checked(config.get("audio_config"), dict, "audio_config")
+    language = checked(config.get("language_config"), dict, "language_config")
+    mel = checked(processor.get("mel_config", {}), dict, "mel_config")
+    fixed = require_fixed
+    fixed(config, "config.json", model_type="moss_audio", tie_word_embeddings=False)
+    fixed(audio, "audio_config", num_mel_bins=128, activation_function="gelu", downsample_rate=8)
+    fixed(language, "language_config", hidden_act="silu", attention_bias=False, rope_scaling=None)
+    fixed(language, "language_config", rope_parameters=None, use_sliding_window=False)
+    fixed(language, "language_config", tie_word_embeddings=False)
+    fixed(mel, "mel_config", mel_sr=16_000, mel_dim=128, mel_n_fft=400, mel_hop_length=160)
+    fixed(mel, "mel_config", mel_dtype="bfloat16", use_whisper_feature_extractor=True)
+    layers = language.get("layer_types") or []
+    full = type(layers) is list and all(kind == "full_attention" for kind in layers)
+    require(full, "language_config: layer_types: only full_attention is supported")
+
     encoder = read_fields(EncoderConfig, audio, "config.json: audio_config.")
     decoder = read_fields(Qwen3Config, language, "config.json: language_config.")
-    layers = language.get("layer_types") or []
-    require(
-        type(layers) is list and {*map(str, layers)} <= {"full_attention"},
-        "layer_types: not all full_attention",
-    )
-    widths = {
-        "adapter_hidden_size": config.get("adapter_hidden_size"),
-        "hidden_size": decoder.hidden_size,
-    }
-    adapter = read_fields(
-        AdapterConfig, processor | widths | {"output_dim": encoder.output_dim}, "config.json: "
-    )
-    taps, D, heads = (
-        encoder.deepstack_encoder_layer_indexes,
-        encoder.d_model,
-        encoder.encoder_attention_heads,
-    )
-    name = "deepstack_num_inject_layers"  # in a list, since 0 is allowed
-    used = checked([config.get(name, len(taps))], tuple[int, ...], name)
-    eos = read_json(folder / "generation_config.json", optional=True).get(
-        key := "eos_token_id", language.get(key)
-    )
+    sizes = {"output_dim": encoder.output_dim, "hidden_size": decoder.hidden_size}
+    sizes["adapter_hidden_size"] = config.get("adapter_hidden_size")
+    adapter = read_fields(AdapterConfig, processor | sizes, "config.json: ")
+    taps = encoder.deepstack_encoder_layer_indexes
+    name = "deepstack_num_inject_layers"
+    counts = checked([config.get(name, len(taps))], tuple[int, ...], name)  # in a list: 0 is one
+    eos = generation.get("eos_token_id", language.get("eos_token_id"))
     stop_ids = checked([eos] if type(eos) is int else eos, tuple[int, ...], "eos_token_id")
-    ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id, *stop_ids)
-    require(
-        D > 2 and D % 2 == D % heads == 0,
-        f"d_model is {D}; expected an even multiple of the {heads} heads",
-    )
+
+    D = encoder.d_model
+    heads = encoder.encoder_attention_heads
+    even = D > 2 and D % 2 == 0 and D % heads == 0
+    require(even, f"d_model is {D}; expected an even multiple of the {heads} heads")
     require(decoder.head_dim % 2 == 0, f"head_dim is {decoder.head_dim}; expected an even number")
-    require(
-        decoder.num_attention_heads % decoder.num_key_value_heads == 0,
-        "expected key_value_heads to divide heads",
-    )
-    require(
-        max(taps, default=0) < encoder.encoder_layers,
-        f"deepstack_encoder_layer_indexes {taps}: no such layer",
-    )
-    require(
-        max(ids) < decoder.vocab_size,
-        f"audio and eos token ids {ids}: expected below {decoder.vocab_size}",
-    )
-    return MossConfig(
-        replace(encoder, deepstack_encoder_layer_indexes=taps[: used[0]]),
-        adapter,
-        decoder,
-        stop_ids,
-    )
+    shared = decoder.num_attention_heads % decoder.num_key_value_heads == 0
+    require(shared, "expected num_key_value_heads to divide num_attention_heads")
+    exist = max(taps, default=0) < encoder.encoder_layers
+    require(exist, f"deepstack_encoder_layer_indexes {taps}: expected layers that there are")
+    ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id, *stop_ids)
+    most = decoder.vocab_size
+    require(max(ids) < most, f"audio and eos token ids {ids}: expected below {most}")
+    encoder = replace(encoder, deepstack_encoder_layer_indexes=taps[: counts[0]])
+    return MossConfig(encoder, adapter, decoder, stop_ids)
 
 
 # ---- tokenizer and weights ----
-WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# Qwen's pieces, across which BPE merges nothing: words, digits, punctuation, line ends, spaces.
+PIECE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Qwen's byte-level BPE (a token a digit) of tokenizer.json or vocab.json, merges.txt, tokenizer_config.json."""
+    """Loads Qwen's byte-level BPE: a tokenizer.json, or its vocabulary, merges and added tokens."""
     try:
         if (folder / "tokenizer.json").exists():
-            return Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()  # it may have been saved with either
+            tokenizer.no_padding()
+            return tokenizer
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-        vocab |= {
-            token["content"]: int(i) for i, token in added.items()
-        }  # or they would get the next free ids
-        tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE refuses None
+        for i, token in added.items():
+            vocab[token["content"]] = int(i)  # or it would get the next free id
+        tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE takes no empty list
         tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
     except Exception as error:  # tokenizers raises no narrower class
-        raise ValueError(
-            f"{folder}: tokenizer.json or vocab.json, merges.txt, tokenizer_config.json: {error!r:.200}"
-        )
-    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
-    split, to_bytes = (
-        pre_tokenizers.Split(Regex(WORD), "isolated"),
-        pre_tokenizers.ByteLevel(False, use_regex=False),
-    )
+        files = "tokenizer.json or vocab.json, merges.txt, tokenizer_config.json"
+        raise ValueError(f"{folder}: {files}: {error!r:.200}") from error
+    split = pre_tokenizers.Split(Regex(PIECE), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
-DTYPES = {
-    "auto": None,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-STORED = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}  # by safetensors' names
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def find_tensors(folder: Path, model: nn.Module) -> dict[str, dict]:
-    """Where the model's tensors are: dtype, shape, path, offset. Raises ValueError if it's not those and no others."""
-    lone, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    require(
-        index.exists() or lone.exists(),
-        f"{folder}: expected {lone.name} or its index (no pickles are read)",
-    )
-    weight_map = (
-        checked(read_json(index).get("weight_map"), dict, "weight_map")
-        if index.exists()
-        else {"": lone.name}
-    )
-    found = {}
-    for name in sorted({str(file) for file in weight_map.values()}):
-        require(
-            Path(name).name == name,
-            f"{index} names {name!r:.60}; expected a file in the same folder",
-        )
+def map_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Returns file name -> tensors of a checkpoint's safetensors. They are mapped: what is in them
+    is read from the disk when it is used."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        weight_map = checked(read_json(index).get("weight_map"), dict, "weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    shards = {}
+    for name in names:
+        inside = Path(name).name == name
+        require(inside, f"{index} names {name!r:.60}; expected a file in the same folder")
+        path = folder / name
         try:
-            safe_open(folder / name, "pt")  # checks the header, and that the file is whole
-            with open(folder / name, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
+            with safe_open(path, "pt") as file:
+                shards[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{folder / name}: {error}; expected a whole safetensors file"
-            ) from error
-        for key in header.keys() - {
-            "__metadata__",
-            "audio_encoder.embed_positions.inv_timescales",
-        }:  # not needed
-            if weight_map.get(key, name) == name:
-                offset = 8 + length + header[key]["data_offsets"][0]
-                found[key] = header[key] | {"path": folder / name, "offset": offset}
-    shapes = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-    misshaped = [key for key in shapes if key in found and found[key]["shape"] != shapes[key]]
-    problems = {
-        "missing": [key for key in shapes if key not in found],
-        "unexpected": sorted(found.keys() - shapes.keys()),
-        "misshaped": [f"{key} {found[key]['shape']} for {shapes[key]}" for key in misshaped],
-        "not " + " or ".join(STORED): sorted(
-            key for key in found if found[key]["dtype"] not in STORED
-        ),
-    }
-    listed = (f"{len(keys)} {what} (first: {keys[0]})" for what, keys in problems.items() if keys)
-    require(
-        not any(problems.values()),
-        f"{folder}: the tensors don't fit config.json: {'; '.join(listed)}",
-    )
-    return found
-
-
-LORA_FIXED = {  # of adapter_config.json: with other values, it would not be W + alpha / r B A alone
-    "peft_type": "LORA",
-    "bias": "none",
-    "lora_bias": False,
-    "use_dora": False,
-    "use_rslora": False,
-    "use_qalora": False,
-    "modules_to_save": None,
-    "fan_in_fan_out": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-}
-NEW_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-)  # ways to begin an adapter that change the weights beside it, too
-
-
-def read_lora(
-    folder: Path, model: nn.Module
-) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
-    """A LoRA adapter as peft saves it: name of a weight -> (A [r, in], B [out, r], scale), for W + scale B A. Raises
-    ValueError for what is not plain LoRA or fits no weight of the model."""
-    config, where = (
-        {"peft_type": None} | read_json(folder / "adapter_config.json"),
-        "adapter_config.json: ",
-    )
-    require_fixed(config, LORA_FIXED, where)
-    begun = config.get("init_lora_weights")
-    require(
-        not str(begun).startswith(NEW_BASE),
-        f"{where}init_lora_weights is {begun!r:.60}, which is not supported",
-    )
-    rank = checked(config.get("r"), int, where + "r")
-    scale = checked(config.get("lora_alpha"), float, where + "lora_alpha") / rank
-    try:
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder}: adapter_model.safetensors: {error}; expected a whole file"
-        ) from error
-    lora = {}
-    for key in sorted(tensors):
-        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key)
-        name = match[1] + ".weight" if match else ""
-        pair = [
-            tensors.get(re.sub("lora_[AB]", f"lora_{part}", key), torch.empty(0)) for part in "AB"
-        ]
-        out, *into = model.state_dict().get(name, torch.empty(0)).shape
-        fits = [list(part.shape) for part in pair] == [[rank, *into], [out, rank]] and len(
-            into
-        ) == 1
-        require(
-            fits, f"{folder}: {key} fits no weight with rank {rank}, or its other half is missing"
-        )
-        lora[name] = pair[0].float(), pair[1].float(), scale
-    require(
-        len(lora) > 0, f"{folder}: adapter_model.safetensors: expected pairs of lora_A and lora_B"
-    )
-    return lora
-
-
-def read_shard(
-    path: Path, entries: dict, device: torch.device, dtype: torch.dtype, lora: dict
-) -> dict:
-    """Tensors of one file, to device and type, in blocks: a mapped file's pages would count as our memory. What LoRA
-    changes is float32 until B A is added, and is rounded once."""
-    tensors, buffer = {}, torch.empty(1 << 24, dtype=torch.uint8)
-    with open(path, "rb") as file:
-        for key, entry in sorted(
-            entries.items(), key=lambda item: item[1]["offset"]
-        ):  # as they lie on the disk
-            kept = torch.float32 if key in lora else dtype
-            tensors[key] = torch.empty(entry["shape"], dtype=kept, device=device)
-            raw = buffer.view(STORED[entry["dtype"]])
-            file.seek(entry["offset"])
-            for block in tensors[key].view(-1).split(len(raw)):
-                file.readinto(raw[: len(block)].view(torch.uint8).numpy())
-                block.copy_(raw[: len(block)])
-            if key in lora:
-                A, B, scale = lora[key]
-                tensors[key] = (tensors[key] + scale * (B.to(device) @ A.to(device))).to(dtype)
-    return tensors
+            raise ValueError(f"{path}: {error}; expected a whole safetensors file") from error
+        # Some re-exports have a table that is derived, not learned.
+        shards[name].pop("audio_encoder.embed_positions.inv_timescales", None)
+        for key, tensor in shards[name].items():
+            good = tensor.dtype in DTYPES.values()
+            require(good, f"{path}: {key} is {tensor.dtype}; expected {', '.join(DTYPES)}")
+    return shards
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU."""
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+    """Returns the device of that name; auto is CUDA, else MPS, else the CPU."""
     try:
+        if name == "auto":
+            available = torch.accelerator.is_available()
+            return torch.accelerator.current_accelerator() if available else torch.device("cpu")
         torch.ones(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(
-            f"device {name!r} can't be used ({error!s:.200}); expected auto, cuda, mps or cpu"
-        ) from error
+        said = f"({error!s:.200}); expected auto, cuda, mps or cpu"
+        raise ValueError(f"device {name!r} can't be used {said}") from error
 
 
 # ---- prompt and model ----
-CLIP = (
-    "<|audio_bos|>",
-    "<|AUDIO|>",
-    "<|audio_eos|>",
-)  # a clip's placeholder; the middle may be repeated
-PLACEHOLDER = re.compile("{}(?:{})+{}".format(*map(re.escape, CLIP)))
+
+CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"  # a clip's placeholder
+PLACEHOLDER = re.compile(r"<\|audio_bos\|>(?:<\|AUDIO\|>)+<\|audio_eos\|>")
+PIECE_OF_ONE = re.compile(r"<\|(?:audio_bos|AUDIO|audio_eos)\|>")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+SLICE = 512  # prompt tokens in the decoder at a time: little memory, however long the sound
 
-Prompt = namedtuple("Prompt", "ids mels")  # int64 [N]; a list, for each clip bfloat16 [128, T]
+Prompt = namedtuple("Prompt", "ids mels")  # int64 [N]; for each clip, bfloat16 [128, T]
 
 
 class MossAudio(nn.Module):
@@ -387,147 +220,163 @@ class MossAudio(nn.Module):
 
     def __init__(self, config: MossConfig, tokenizer: Tokenizer):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer = tokenizer
         self.audio_encoder = AudioEncoder(config.encoder)
         self.audio_adapter = GatedMLP(config.adapter)
-        mergers = (GatedMLP(config.adapter) for _ in config.encoder.deepstack_encoder_layer_indexes)
+        mergers = [GatedMLP(config.adapter) for _ in config.encoder.deepstack_encoder_layer_indexes]
         self.deepstack_audio_merger_list = nn.ModuleList(mergers)
         self.language_model = Qwen3(config.decoder)
         self.lm_head = Linear(config.decoder.hidden_size, config.decoder.vocab_size)
 
     @classmethod
-    def from_pretrained(
-        cls, folder, device="auto", dtype="auto", report=lambda line: None, lora=None
-    ):
-        """The model in a checkpoint folder, for inference: no parameter requires a gradient. device: "auto" is CUDA,
-        else MPS, else the CPU. dtype: float32, bfloat16, float16, or "auto", float32 on the CPU and elsewhere the type
-        of the stored lm_head. report is called with a line for each shard. lora: the folder of an adapter, as peft
-        saves it, to add to the weights. Raises ValueError."""
-        folder, device = Path(folder), pick_device(device)
-        require(dtype in DTYPES, f"dtype is {dtype!r}; expected {', '.join(DTYPES)}")
-        config, tokenizer = read_config(folder), load_tokenizer(folder)
-        (
-            tokenizer.no_truncation(),
-            tokenizer.no_padding(),
-        )  # a tokenizer.json may have been saved with either
-        largest, vocab_size = (
-            max(tokenizer.get_vocab().values(), default=0),
-            config.decoder.vocab_size,
-        )
-        require(
-            largest < vocab_size,
-            f"{folder}: the tokenizer has id {largest}; expected below {vocab_size}",
-        )
+    def from_pretrained(cls, folder, device="auto", dtype="auto", report=None, change=None):
+        """Loads a checkpoint folder for inference: no parameter requires a gradient. dtype auto is
+        float32 on a CPU, elsewhere the stored lm_head's. report is called with a line for each
+        file. change takes a tensor's name and the tensor as it is stored to the one to be loaded in
+        its place. Raises ValueError."""
+        folder = Path(folder)
+        device = pick_device(device)
+        kinds = ["auto", *DTYPES]
+        require(dtype in kinds, f"dtype is {dtype!r}; expected {', '.join(kinds)}")
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder)
+        largest = max(tokenizer.get_vocab().values(), default=0)
+        V = config.decoder.vocab_size
+        require(largest < V, f"{folder}: the tokenizer has id {largest}; expected below {V}")
         with torch.device("meta"):  # shapes without memory
             model = cls(config, tokenizer).requires_grad_(False).eval()
-        found, adapter = find_tensors(folder, model), read_lora(Path(lora), model) if lora else {}
-        dtype = (
-            DTYPES[dtype]
-            or STORED["F32" if device.type == "cpu" else found["lm_head.weight"]["dtype"]]
-        )
-        if (
-            device.type == "cuda" and dtype == torch.float32
-        ):  # TF32 keeps ten bits of a factor: that is not float32
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        tensors, shards = {}, sorted({at["path"] for at in found.values()})
-        for i, shard in enumerate(shards):
-            report(f"loading {shard.name} ({i + 1} of {len(shards)})")
-            entries = {key: at for key, at in found.items() if at["path"] == shard}
-            tensors |= read_shard(shard, entries, device, dtype, adapter)
-        model.load_state_dict(tensors, assign=True)
+        shards = map_shards(folder)
+        stored = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+        try:  # before anything is read: says what is missing, unexpected or misshaped
+            model.load_state_dict(stored, assign=True)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{folder}: the tensors don't fit config.json: {said:.250}") from error
+        kind = DTYPES.get(dtype, stored["lm_head.weight"].dtype)
+        if dtype == "auto" and device.type == "cpu":
+            kind = torch.float32
+        slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if slow and kind == torch.bfloat16:
+            said = "this CPU has no bfloat16 instructions: float32 is many times faster"
+            warnings.warn(said, stacklevel=2)
+        if device.type == "cuda" and kind == torch.float32:
+            # TF32 keeps ten bits of a factor: that is not float32.
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        loaded = {}
+        for number, (name, shard) in enumerate(shards.items(), 1):
+            if report:
+                report(f"loading {name} ({number} of {len(shards)})")
+            for key, tensor in shard.items():
+                tensor = change(key, tensor) if change else tensor
+                loaded[key] = tensor.to(device, kind)
+        model.load_state_dict(loaded, assign=True)
         return model
 
-    def prompt_ids(self, text: str, lengths=(), time_markers: bool | None = None) -> list[int]:
-        """A text and its clips' lengths in samples to the ids of a prompt; see prompt."""
-        config, most = self.config, self.config.decoder.max_position_embeddings
-        require(
-            not re.search("[\ud800-\udfff]", text),
-            "the prompt has bytes that are not UTF-8; expected text",
-        )
+    def prompt_ids(self, text: str, frames=(), time_markers: bool | None = None) -> list[int]:
+        """Returns a prompt's ids, of a text and its clips' numbers of mel frames; see prompt."""
+        config = self.config.adapter
+        n_window = self.config.encoder.n_window
+        most = self.config.decoder.max_position_embeddings
+        is_text = re.search("[\ud800-\udfff]", text) is None
+        require(is_text, "the prompt has bytes that are not UTF-8; expected text")
         if not PLACEHOLDER.search(text):
-            text = SYSTEM + USER.format("".join(CLIP) * len(lengths) + "\n" * bool(lengths) + text)
-        stretches = PLACEHOLDER.split(
-            text
-        )  # each tokenized on its own, or BPE would merge across a clip
-        tokens = [
-            self.tokenizer.encode(stretch, add_special_tokens=False).ids for stretch in stretches
-        ]
-        slots, sounds = (
-            len(stretches) - 1,
-            [part for part in CLIP for stretch in stretches if part in stretch],
-        )
-        require(
-            slots == len(lengths),
-            f"the prompt has {slots} audio placeholders; expected {len(lengths)}",
-        )
-        require(
-            not sounds and config.adapter.audio_token_id not in sum(tokens, []),
-            f"the prompt's text has a token that stands for sound; expected whole placeholders, {''.join(CLIP)}",
-        )
-        markers = config.adapter.enable_time_marker if time_markers is None else time_markers
-        ids = tokens[0]
-        for length, after in zip(lengths, tokens[1:]):
-            ids += (
-                audio_ids(
-                    count_tokens(length // HOP, config.encoder.n_window), config.adapter, markers
-                )
-                + after
-            )
-        require(
-            len(ids) <= most,
-            f"the prompt has {len(ids)} tokens; expected at most {most}, the model's positions",
-        )
+            clips = CLIP * len(frames) + "\n" if frames else ""
+            text = SYSTEM + USER.format(clips + text)
+        stretches = PLACEHOLDER.split(text)
+        slots = len(stretches) - 1
+        given = len(frames)
+        require(slots == given, f"the prompt has {slots} audio placeholders; expected {given}")
+        if time_markers is None:
+            time_markers = config.enable_time_marker
+        sounds = [audio_ids(count_tokens(n, n_window), config, time_markers) for n in frames]
+        ids = []
+        for stretch, sound in zip(stretches, [*sounds, []]):
+            # Each stretch of text is tokenized on its own, or BPE would merge across a clip.
+            words = self.tokenizer.encode(stretch, add_special_tokens=False).ids
+            stray = PIECE_OF_ONE.search(stretch) or config.audio_token_id in words
+            message = "the prompt's text has a token that stands for sound; expected whole"
+            require(not stray, f"{message} placeholders, {CLIP}")
+            ids += words + sound
+        count = len(ids)
+        require(count <= most, f"the prompt has {count} tokens; expected at most {most} positions")
         return ids
 
     def prompt(self, text: str, clips=(), time_markers: bool | None = None) -> Prompt:
-        """A text and its clips (what load_audio takes) to the model's input. A text without placeholders (<|audio_bos|>
-        <|AUDIO|><|audio_eos|>) is wrapped as a user's, behind the clips. time_markers: None is as processor_config.json
-        says. Raises ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
-        waves = [
-            load_audio(clip) for clip in (clips if isinstance(clips, (list, tuple)) else [clips])
-        ]
-        ids = self.prompt_ids(text, [len(wave) for wave in waves], time_markers)
+        """Makes the model's input of a text and its clips: what load_audio takes, or a list of it.
+        A text without placeholders (<|audio_bos|><|AUDIO|><|audio_eos|>, one a clip) is wrapped as
+        a user's, behind the clips. time_markers: None is as processor_config.json says. Raises
+        ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
+        if not isinstance(clips, (list, tuple)):
+            clips = [clips]
+        waves = [load_audio(clip) for clip in clips]
+        ids = self.prompt_ids(text, [len(wave) // HOP for wave in waves], time_markers)
         return Prompt(torch.tensor(ids), [log_mel(wave) for wave in waves])
 
-    def embed_ids(
-        self, ids: torch.Tensor, output=None, taps=()
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Ids [B, N] and the encoder's rows for their audio tokens, output and taps [A, E], to what enters the decoder,
-        [B, N, D], and the DeepStack rows for its first layers, [B, N, D] each."""
-        x, is_audio = (
-            self.language_model.embed_tokens(ids),
-            ids == self.config.adapter.audio_token_id,
-        )
-        if output is None:
-            return x, []
-        deepstack = [merger(tap) for merger, tap in zip(self.deepstack_audio_merger_list, taps)]
-        return splice(x, self.audio_adapter(output), is_audio), [
-            deepstack_rows(rows, is_audio) for rows in deepstack
-        ]
+    def hear(self, mels: list[Tensor], report=None) -> list[Tensor]:
+        """Returns the encoder's rows for all clips' tokens: its output, its taps, [A, E] each."""
+        if not mels:
+            return []
+        output, taps = self.audio_encoder(mels, report)
+        return [output, *taps]
 
-    def embed(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """embed_ids of a prompt, [1, N, D]."""
-        sound = self.audio_encoder(prompt.mels) if prompt.mels else ()
-        return self.embed_ids(prompt.ids[None].to(self.lm_head.weight.device), *sound)
+    def decode(self, ids: Tensor, positions: Tensor, cache: KVCache, in_use: int, sound=()):
+        """Takes ids [B, n] and hear's rows for the audio tokens in them to hidden states [B, n, D].
+        positions and in_use: see KVCache.place."""
+        x = self.language_model.embed_tokens(ids)  # [B, n, D]
+        deepstack = []
+        if sound:
+            is_audio = ids == self.config.adapter.audio_token_id
+            output, *taps = sound
+            x = splice(x, self.audio_adapter(output), is_audio)
+            for merger, tap in zip(self.deepstack_audio_merger_list, taps):
+                deepstack.append(splice(torch.zeros_like(x), merger(tap), is_audio))
+        return self.language_model(x, positions, cache, in_use, deepstack)
 
-    def forward(self, prompt: Prompt) -> torch.Tensor:
-        """The logits of every position, float32 [N, V]."""
-        x, deepstack = self.embed(prompt)
-        positions = torch.arange(len(prompt.ids), device=x.device)[None]
-        return self.lm_head(self.language_model(x, positions, deepstack=deepstack))[0].float()
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(self.config.decoder, batch, capacity, self.lm_head.weight)
+
+    def forward(self, prompt: Prompt) -> Tensor:
+        """Returns the logits of every position, float32 [N, V]."""
+        N = len(prompt.ids)
+        ids = prompt.ids[None].to(self.lm_head.weight.device)
+        positions = torch.arange(N, device=ids.device)[None]
+        x = self.decode(ids, positions, self.new_cache(1, N), N, self.hear(prompt.mels))
+        return self.lm_head(x)[0].float()
+
+    def prefill(self, prompt: Prompt, cache: KVCache, report=None) -> Tensor:
+        """Puts a prompt into an empty cache of one row, slice by slice. Returns the logits of its
+        last position, float32 [1, V]."""
+        N = len(prompt.ids)
+        sound = self.hear(prompt.mels, report)
+        heard = 0
+        for start in range(0, N, SLICE):
+            ids = prompt.ids[None, start : start + SLICE].to(self.lm_head.weight.device)
+            count = int((ids == self.config.adapter.audio_token_id).sum())
+            rows = [part[heard : heard + count] for part in sound]
+            heard += count
+            end = start + ids.shape[1]
+            positions = torch.arange(start, end, device=ids.device)[None]
+            x = self.decode(ids, positions, cache, end, rows)
+            if report and N > SLICE:
+                report(f"prompt: {end} of {N} tokens")
+        return self.lm_head(x[:, -1]).float()
+
+    def step(self, ids: Tensor, positions: Tensor, cache: KVCache, in_use: int) -> Tensor:
+        """Takes each row's next id, int64 [B, 1], to the logits after it, float32 [B, V]."""
+        return self.lm_head(self.decode(ids, positions, cache, in_use)[:, -1]).float()
 
     def fit(self, prompt: Prompt, sampling: Sampling) -> Sampling:
-        """Cuts max_new_tokens to the positions that a prompt leaves free, and warns. ValueError if there is none."""
-        used, most = len(prompt.ids), self.config.decoder.max_position_embeddings
-        require(
-            used < most,
-            f"the prompt has {used} tokens; to generate, expected fewer than the {most} positions",
-        )
-        if (wanted := sampling.max_new_tokens) > (free := most - used):
-            warnings.warn(
-                f"max_new_tokens is cut from {wanted} to {free}: the model has {most} positions"
-            )
-        return replace(sampling, max_new_tokens=min(wanted, free))
+        """Cuts max_new_tokens to the positions that the prompt leaves free, and warns."""
+        used = len(prompt.ids)
+        most = self.config.decoder.max_position_embeddings
+        require(used < most, f"the prompt has {used} tokens; expected fewer than {most} positions")
+        wanted = sampling.max_new_tokens
+        if wanted > most - used:
+            cut = f"max_new_tokens is cut from {wanted} to {most - used}"
+            warnings.warn(f"{cut}: the model has {most} positions", stacklevel=2)
+        return replace(sampling, max_new_tokens=min(wanted, most - used))
 
     def generate(
         self,
@@ -541,242 +390,207 @@ class MossAudio(nn.Module):
         cuda_graph=True,
         report=None,
     ) -> Iterator[int]:
-        """The answer's ids, one by one, up to and with the first stop id; see sample.Sampling for the arguments.
-        cuda_graph: on CUDA, capture a step once and replay it. report is called with lines on how a long prompt goes.
-        Raises ValueError, at the call, for an argument out of range or no position free (see fit)."""
+        """Yields the answer's ids, up to and with the first stop id; the options are Sampling's.
+        cuda_graph: on CUDA, capture a step once and replay it. report is called with lines on how a
+        long prompt goes. Raises ValueError, at the call, for options out of range (and see fit)."""
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
-        return generate(self, prompt, self.fit(prompt, sampling), cuda_graph, report)
+        sampling = self.fit(prompt, sampling)
+        N = len(prompt.ids)
+        cache = self.new_cache(1, N + sampling.max_new_tokens - 1)  # the last id isn't stepped
+        prefill = functools.partial(self.prefill, prompt, cache, report)
+        step = Step(self, cache, [N], cuda_graph)
+        ids = prompt.ids.tolist()
+        picker = Picker(sampling, self.tokenizer, ids, self.lm_head.weight.device)
+        return generate(prefill, step, picker, self.config.stop_ids)
 
-    def generate_batch(
-        self,
-        prompts: list,
-        max_new_tokens=1024,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        seed=None,
-        thinking_budget=None,
-        cuda_graph=True,
-        report=None,
-    ) -> Iterator[tuple[int, list[int]]]:
-        """generate for several prompts at once: (number of the prompt, its ids) of each as it ends. seed: prompt i
-        draws with seed + i, or with item i of a list."""
-        listed = isinstance(seed, list)
-        sampling = Sampling(
-            max_new_tokens, temperature, top_p, top_k, None if listed else seed, thinking_budget
-        )
-        seeds = (
-            seed if listed else [seed if seed is None else seed + i for i in range(len(prompts))]
-        )
-        samplings = [
-            self.fit(prompt, replace(sampling, seed=own))
-            for prompt, own in zip(prompts, seeds, strict=True)
-        ]
-        return generate_batch(self, prompts, samplings, cuda_graph, report)
-
-    def ask(
-        self,
-        clips,
-        text: str,
-        time_markers=None,
-        max_new_tokens=1024,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        seed=None,
-        thinking_budget=None,
-    ) -> str:
-        """The answer to a text about a clip or a list of clips; see prompt and generate for the arguments."""
+    def ask(self, clips, text, time_markers=None, max_new_tokens=1024, temperature=1.0, seed=None):
+        """Returns the answer to a text about a clip or a list of clips; see prompt and generate."""
         prompt = self.prompt(text, clips, time_markers)
-        ids = self.generate(
-            prompt, max_new_tokens, temperature, top_p, top_k, seed, thinking_budget
-        )
+        ids = self.generate(prompt, max_new_tokens, temperature, seed=seed)
         return self.tokenizer.decode(list(ids))
 
 
+class Step:
+    """Steps of a cache's rows, from their positions on. On CUDA a step is captured as a graph: one
+    launch in place of hundreds. It repeats the same work on the same memory: ids and positions are
+    written into tensors that stay, and attention goes over the whole cache."""
+
+    stream = functools.cache(torch.cuda.Stream)  # one for a device: each keeps a workspace
+
+    def __init__(self, model: MossAudio, cache: KVCache, positions: list[int], cuda_graph=True):
+        self.model = model
+        self.cache = cache
+        self.in_use = max(positions)
+        self.positions = torch.tensor(positions, device=cache.keys[0].device)[:, None]  # [B, 1]
+        self.ids = torch.zeros_like(self.positions)
+        self.use_graph = cuda_graph and self.ids.device.type == "cuda"
+        self.graph = None
+
+    def __call__(self, *tokens: int) -> Tensor:
+        """Takes an id of each row to the logits after it, float32 [B, V], until the next call."""
+        self.ids.copy_(torch.tensor(tokens)[:, None])
+        self.in_use += 1
+        if self.use_graph:
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+        else:
+            self.logits = self.model.step(self.ids, self.positions, self.cache, self.in_use)
+        self.positions += 1
+        return self.logits
+
+    def capture(self) -> None:
+        device = self.ids.device
+        whole = self.cache.capacity
+        # Libraries make their plans in a first run, before the capture.
+        self.model.step(self.ids, self.positions, self.cache, whole)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=Step.stream(device)):
+            self.logits = self.model.step(self.ids, self.positions, self.cache, whole)
+
+
 # ---- command line ----
+
 TINY = Path(__file__).resolve().parent / "tiny"  # the small checkpoint
 SAMPLE = TINY / "bell.wav"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options for the model and for generating."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, like all others."""
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--model", default=TINY, metavar="FOLDER", help="checkpoint folder (the small one in tiny/)"
-    )
-    add(
-        "--lora",
-        metavar="FOLDER",
-        help="adapter to add to its weights, as peft or tools/train.py saves it",
-    )
-    add("--device", default="auto", help="auto (the first that is there of), cuda, mps, cpu")
-    add(
-        "--dtype",
-        default="auto",
-        help="auto (float32 on a CPU, else the checkpoint's), float32, bfloat16, float16",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="end the answer after N tokens (%(default)s)",
-    )
+    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (the one in tiny/)")
+    add("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto (the first there is)")
+    add("--dtype", default="auto", metavar="T", help="float32, bfloat16, float16 or auto")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-new-tokens", type=int, default=1024, metavar="N", help="the most (%(default)s)")
     heat = parser.add_mutually_exclusive_group().add_argument
-    heat(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="below 1 keeps to likelier tokens (%(default)s)",
-    )
-    heat(
-        "--greedy",
-        dest="temperature",
-        action="store_const",
-        const=0,
-        default=1.0,
-        help="the likeliest token always",
-    )
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="the likeliest tokens that make up X together (1.0: all)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        default=50,
-        metavar="N",
-        help="the N likeliest tokens (%(default)s; 0: all)",
-    )
+    heat("--temperature", type=float, default=1.0, metavar="X", help="below 1: likelier tokens")
+    heat("--greedy", dest="temperature", action="store_const", const=0, help="the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="X", help="of the likeliest, X together")
+    add("--top-k", type=int, default=50, metavar="N", help="of the N likeliest (50; 0: all)")
     add("--seed", type=int, metavar="N", help="draw the same answer each time")
-    add(
-        "--no-time-markers",
-        dest="time_markers",
-        action="store_false",
-        default=None,
-        help="no seconds in the prompt",
-    )
     add("--thinking-budget", type=int, metavar="N", help="end a thought after N tokens")
-    add(
-        "--no-cuda-graph",
-        dest="cuda_graph",
-        action="store_false",
-        help="on CUDA, launch each step's kernels anew",
-    )
+    add("--no-time-markers", dest="time_markers", action="store_const", const=False)
+    add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="on CUDA: plain steps")
 
 
-def generation_options(args: argparse.Namespace) -> dict:
-    """generate's arguments among the options. Raises ValueError for one that is out of range."""
+def sampling_options(args: argparse.Namespace) -> dict:
+    """Returns generate's arguments among the options. Raises ValueError for one out of range."""
     options = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     Sampling(**options)
     return options | {"cuda_graph": args.cuda_graph}
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch's CPU allocator raises a mere RuntimeError."""
-    return isinstance(
-        error, (MemoryError, torch.OutOfMemoryError)
-    ) or "can't allocate memory" in str(error)
-
-
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was held so far: on CUDA by tensors, else by the process (0 on Windows, which can't say)."""
+    """Returns the most memory held so far: on CUDA by tensors, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0
+        return 0  # it can't say
     import resource  # which Windows lacks
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run(args: argparse.Namespace) -> None:
+def out_of_memory(error: BaseException) -> bool:
+    """Tells whether memory ran out: torch's CPU allocator raises a mere RuntimeError."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def end(program: str, work: Callable[[], int | None]) -> int:
+    """Runs a program's work and returns its exit status: 2, after one line on stderr, for what is
+    wrong with the input; 130 after Ctrl-C."""
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has enough. What is left goes nowhere, or Python complains at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        foreseen = (ValueError, OSError, SafetensorError)
+        if not isinstance(error, foreseen) and not out_of_memory(error):
+            raise
+        print(f"{program}: {' '.join(str(error).split()):.380}", file=sys.stderr)
+        return 2
+
+
+def run(argv: list[str] | None) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
-    report = (
-        (lambda line: None)
-        if args.quiet
-        else (lambda line: print(line, file=sys.stderr, flush=True))
-    )
-    if not args.audio and args.prompt is None:
-        args.audio = [str(SAMPLE)]
+    parser = Parser("moss_min.py", allow_abbrev=False)
+    add = parser.add_argument
+    add("audio", nargs="*", metavar="AUDIO", help="the clips of one prompt; - is one from stdin")
+    add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
+    add_model_options(parser)
+    add_sampling_options(parser)
+    add("--hide-thinking", action="store_true", help="print the answer alone")
+    add("--quiet", action="store_true", help="print nothing on stderr but what goes wrong")
+    add("--lora", metavar="FOLDER", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    require(args.lora is None, "--lora: expected it merged, by tools/train.py --merge, as --model")
+    options = sampling_options(args)  # what is wrong with them is said before anything is loaded
+
+    def report(line: str) -> None:
+        if not args.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    names = args.audio
+    if not names and args.prompt is None:
+        names = [str(SAMPLE)]
         report(f"no AUDIO and no --prompt: this is {SAMPLE}")
-    options = generation_options(args)  # refused before all else
-    waves = [
-        load_audio(sys.stdin and sys.stdin.buffer if name == "-" else name) for name in args.audio
-    ]
-    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report, args.lora)
-    for name, wave in zip(args.audio, waves):
-        report(f"{name}: {len(wave) / SAMPLE_RATE:.2f} s")
-    text, times = (
-        "Describe this audio." if args.prompt is None else args.prompt,
-        [time.perf_counter()],
-    )
+    text = "Describe this audio." if args.prompt is None else args.prompt
+    waves = [load_audio(sys.stdin.buffer if name == "-" else name) for name in names]
+    model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
+    times = [time.perf_counter()]
     prompt = model.prompt(text, waves, args.time_markers)
+    for name, mel in zip(names, prompt.mels):
+        report(f"{name}: {mel.shape[1] / 100:.2f} s")
     report(f"prompt: {len(prompt.ids)} tokens")
     ids = model.generate(prompt, **options, report=report)
-    pieces = stream_text(
-        model.tokenizer, (times.append(time.perf_counter()) or token for token in ids)
-    )
+
+    def timed() -> Iterator[int]:
+        for token in ids:
+            times.append(time.perf_counter())
+            yield token
+
+    pieces = stream_text(model.tokenizer, timed())
     if args.hide_thinking:
-        pieces = stream_answer(pieces, opened="<think>" in text.rpartition("</think>")[2])
+        in_thought = "<think>" in text.rpartition("</think>")[2]
+        pieces = stream_answer(pieces, in_thought)
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
-    tokens, first, rest = len(times) - 1, times[1] - times[0], times[-1] - times[1]
-    report(
-        f"{tokens} new tokens: the first after {first:.2f} s, then {(tokens - 1) / max(rest, 1e-9):.1f} a second"
-    )
+    count = len(times) - 1
+    first = times[1] - times[0]
+    rate = (count - 1) / max(times[-1] - times[1], 1e-9)
+    report(f"{count} new tokens: the first after {first:.2f} s, then {rate:.1f} a second")
     device = model.lm_head.weight.device
-    if peak := peak_bytes(device):
-        report(f"peak memory: {peak / 1e9:.2f} GB{' on the GPU' if device.type == 'cuda' else ''}")
+    where = " on the GPU" if device.type == "cuda" else ""
+    report(f"peak memory: {peak_bytes(device) / 1e9:.2f} GB{where}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser("moss_min.py", allow_abbrev=False)
-    parser.error, add = (
-        lambda message: require(False, message),
-        parser.add_argument,
-    )  # its own error prints the usage
-    add(
-        "audio",
-        nargs="*",
-        metavar="AUDIO",
-        help="sound files, the clips of one prompt; - is one from stdin",
-    )
-    add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
-    add_options(parser)
-    add("--hide-thinking", action="store_true", help="print the answer alone")
-    add("--quiet", action="store_true", help="print nothing on stderr but what goes wrong")
     warnings.formatwarning = lambda message, *_: f"moss_min: {message}\n"
-    try:
-        run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        return 130
-    except (
-        BrokenPipeError
-    ):  # the reader has enough; what is left goes nowhere, or Python complains at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        if not isinstance(error, (ValueError, OSError)) and not out_of_memory(error):
-            raise
-        print(f"moss_min: {' '.join(str(error).split()):.380}", file=sys.stderr)
-        return 2
-    return 0
+    return end("moss_min", lambda: run(argv))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout and sys.stdout.reconfigure(
-        errors="replace"
-    )  # a terminal without such characters gets question marks
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # what a terminal can't show is a question mark
     sys.exit(main())

@@ -1,8 +1,12 @@
-"""What the tests share: upstream's figures (tests/golden, see its README.md) and the model they were made with."""
+"""What the tests share: upstream's figures (golden/README.md), models, measures, an option."""
 
 import functools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +14,39 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moss_min import MossAudio, load_audio
+from encoder import load_audio
+from moss_min import MossAudio, Prompt
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
 QWEN3_TOKENIZER = HERE / "qwen3_tokenizer"
 JFK = GOLDEN / "jfk.wav"
+
+# ---- options ----
+
+left_out = []  # the slow tests that this run leaves out
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests, too")
+
+
+def pytest_configure(config):
+    if config.option.slow:
+        config.option.markexpr = ""
+
+
+def pytest_deselected(items):
+    left_out.extend(item for item in items if item.get_closest_marker("slow"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if left_out:
+        count = len(left_out)
+        terminalreporter.write_line(f"Left out as slow: {count} (python -m pytest --slow runs all)")
+
+
+# ---- models and upstream's figures ----
 
 
 @functools.cache
@@ -26,18 +57,16 @@ def golden_model(checkpoint: str = "checkpoint", dtype: str = "float32") -> Moss
 
 @functools.cache
 def golden_case(name: str) -> SimpleNamespace:
-    """One case: its tensors (floats as they are stored), text, clips, options and the text that upstream generated."""
+    """One case: its tensors as they are stored, text, clips, options and upstream's answer."""
     path = GOLDEN / ("variant" if name == "variant" else "cases") / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     case = json.loads(metadata["case"])
     if name.endswith(".bfloat16"):
         clips = golden_case(name.removesuffix(".bfloat16")).clips
     elif case["audio"] and "file" in case["audio"][0]:
-        clips = [
-            load_audio(GOLDEN / audio["file"]).repeat(audio["times"]) for audio in case["audio"]
-        ]
+        clips = [load_audio(GOLDEN / one["file"]).repeat(one["times"]) for one in case["audio"]]
     else:
         clips = [tensors[f"waveform.{i}"] for i in range(len(case["audio"]))]
     return SimpleNamespace(
@@ -54,20 +83,29 @@ def golden_case(name: str) -> SimpleNamespace:
     )
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> Path:
-    """A copy of the golden checkpoint folder, to be spoilt."""
-    return Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
+def golden_prompt(name: str) -> Prompt:
+    """A case's prompt, as this implementation makes it."""
+    case = golden_case(name)
+    return golden_model(case.checkpoint).prompt(case.text, case.clips, case.time_markers)
 
 
-# torch 2.6 draws other numbers from the same seed than upstream's torch 2.13 (2.7 and newer: the same).
+# torch 2.6 draws other numbers from the same seed than 2.7 to 2.13, which upstream ran on.
 draws_as_upstream = pytest.mark.skipif(
     torch.__version__.startswith("2.6."), reason="torch 2.6 draws other numbers"
 )
 
 
+# ---- a folder to be spoilt ----
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the golden checkpoint folder."""
+    return Path(shutil.copytree(GOLDEN / "checkpoint", tmp_path / "checkpoint"))
+
+
 def edit_json(path: Path, **values) -> None:
-    """Sets values in a JSON file; a key "a.b" is b in the object a, and the value ... takes the key away."""
+    """Sets values in a JSON file; "a.b" is b in the object a; the value ... takes the key away."""
     data = json.loads(path.read_text())
     for name, value in values.items():
         *parents, key = name.split(".")
@@ -79,3 +117,42 @@ def edit_json(path: Path, **values) -> None:
         else:
             target[key] = value
     path.write_text(json.dumps(data))
+
+
+# ---- measures ----
+
+
+def largest_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference, over the largest exact value."""
+    assert ours.shape == exact.shape
+    return float((ours - exact).abs().max() / exact.abs().max())
+
+
+def assert_close(ours: torch.Tensor, exact: torch.Tensor) -> None:
+    """Float32 sums in another order come to 1e-6 of the largest value (golden/README.md)."""
+    assert largest_error(ours, exact) <= 3e-6
+
+
+def distance(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """The root mean square of the difference, over that of the exact values."""
+    return float((x.float() - exact).norm() / exact.norm())
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc"
+)
+
+
+def high_water() -> int:
+    """The most bytes that this process has held; getrusage would begin with its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def numbers_from(program: str, *arguments) -> list[int]:
+    """The whole numbers that a program prints in a process of its own; it may import the tests."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    return [int(word) for word in run.stdout.split()]

@@ -1,4 +1,4 @@
-"""tools/evaluate.py: each measure against numbers worked out by hand, the files it reads, and a model run by it."""
+"""tools/evaluate.py: measures against numbers worked out by hand, its files, a model run by it."""
 
 import functools
 import json
@@ -8,65 +8,105 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+import evaluate
 import pytest
 import soundfile
-
+from common import Example
 from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
+from evaluate import align, edit_distance, main, score, split_words, stamped_words
 
-TOOL = HERE.parent / "tools" / "evaluate.py"
-sys.path.insert(0, str(TOOL.parent))
-import evaluate  # noqa: E402
-from evaluate import Line, align, edit_distance, main, score, split_words, stamped_words  # noqa: E402
-
-PLAIN, STAMPED, QUESTION = (
-    "Transcribe the audio.",
-    "Transcribe the audio with timestamps.",
-    'When is "seven" said?',
-)
-MODEL = "--model", GOLDEN / "checkpoint", "--device", "cpu", "--max-new-tokens", "8"
+CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
+PLAIN = "Transcribe the audio."
+STAMPED = "Transcribe the audio with timestamps."
+QUESTION = 'When is "seven" said?'
+CHECKPOINT = GOLDEN / "checkpoint"
+MODEL = ("--model", CHECKPOINT, "--device", "cpu", "--max-new-tokens", "8")
 NOTHING = {"n": 0, "wer": None, "cer": None, "aas_ms": None, "matched": None, "accuracy": None}
 
 
 def scored(*pairs, question=False) -> dict:
     """The measures over lines of (reference, answer)."""
-    lines = {i: Line(PLAIN, [], reference, question) for i, (reference, _) in enumerate(pairs, 1)}
-    return score(lines, {i: answer for i, (_, answer) in enumerate(pairs, 1)})["all"]
+    lines = {i: Example(PLAIN, [], pair[0], question) for i, pair in enumerate(pairs)}
+    answers = {i: pair[1] for i, pair in enumerate(pairs)}
+    return score(lines, answers)["all"]
 
 
-# ---- words and characters ----
+# ---- measures ----
+
+STAMPED_WORDS = "[0.00]one[1.00][1.00]two[2.00][2.00]three[3.00]"
+SEGMENT = "[0.00]go forward three meters[2.00]"
+CUT = "[0.10]go[0.50][0.50]forward[1.00][1.00]three[1.50][1.50]meters[2.30]"
+TURN = "[0.48]turn[0.80][0.80]left[1.12]"
+FOUR = "turn left ninety degrees"
+TWICE = "[0.00]five[0.40][1.00]five[1.40]"
+# What is measured, in words: lines of (reference, answer), and measures worked out by hand.
+MEASURED = {
+    # A substitution in four words, an insertion to one word; not the mean of 1/4 and 1/1.
+    "all edits over all words": (
+        [(FOUR, "turn left lefty degrees"), ("go", "no go")],
+        {"wer": 2 / 5},
+    ),
+    "no edit": ([(FOUR, FOUR)], {"wer": 0, "cer": 0}),
+    "a deletion": ([(FOUR, "turn ninety degrees")], {"wer": 1 / 4}),
+    "deletions alone": ([(FOUR, "")], {"wer": 1}),
+    "a deletion and an insertion": ([(FOUR, "left ninety degrees stop")], {"wer": 2 / 4}),
+    "a rate may pass 1": ([(FOUR, "a b c d e f")], {"wer": 6 / 4}),
+    # "turn left" has 9 characters, of which one is wrong; "go", 2, is missing.
+    "all characters": ([("turn  left.", "Turn lift!"), ("go", "")], {"cer": 3 / 11}),
+    "spaces are characters": ([("turn left", "turnleft")], {"cer": 1 / 9}),
+    "stamps are no words": ([(TURN, "turn left"), ("turn left", TURN)], {"wer": 0, "cer": 0}),
+    "thoughts are not said": ([("go", "<think>\nstop or go\n</think>\n\ngo")], {"wer": 0}),
+    "a thought without an end": ([("go", "<think>\ngo")], {"wer": 1}),
+    # turn: 20 and 0 ms; left: 40 and 100 ms off.
+    "a mean of shifts": (
+        [(TURN, "[0.50]turn[0.80][0.84]left[1.22]")],
+        {"aas_ms": 160 / 4, "matched": 1},
+    ),
+    # 100 and 100; 10 and 30, a word missed, 20 and 60.
+    "one mean over all lines": (
+        [
+            ("[0.00]go[0.50]", "[0.10]go[0.60]"),
+            (STAMPED_WORDS, "[0.01]one[1.03][1.00]too[2.00][2.02]three[3.06]"),
+        ],
+        {"aas_ms": 320 / 6, "matched": 3 / 4},
+    ),
+    "a reference without stamps": ([("turn left", TURN)], {"aas_ms": None, "matched": None}),
+    "an answer without stamps": ([("[0.00]go[0.50]", "go")], {"aas_ms": None, "matched": 0}),
+    # go starts 100 ms, meters ends 300 ms off: all times that both sides have.
+    "an answer cut finer": ([(SEGMENT, CUT)], {"aas_ms": 400 / 2, "matched": 1}),
+    "a reference cut finer": ([(CUT, SEGMENT)], {"aas_ms": 400 / 2, "matched": 1}),
+    "a word of a segment": ([(SEGMENT, "[0.10]go forward free meters[2.30]")], {"matched": 3 / 4}),
+    "a start without an end": ([("[0.50]go", "[0.70]go[0.90]")], {"aas_ms": 200, "matched": 1}),
+    "a word before all stamps": ([("well [0.00]go[0.50]", "well [0.10]go[0.60]")], {"matched": 1}),
+    "the second of two missed": ([(TWICE, "[0.01]five[0.41]")], {"aas_ms": 10, "matched": 1 / 2}),
+    "the first of two missed": ([(TWICE, "[1.01]five[1.41]")], {"aas_ms": 10, "matched": 1 / 2}),
+    # Two substitutions, or a deletion, a match of "one" and an insertion.
+    "the most matches of as few edits": (
+        [("[0.00]one[0.40][0.40]two[0.80]", "[0.00]two[0.40][0.40]one[0.80]")],
+        {"wer": 1, "aas_ms": 400, "matched": 1 / 2},
+    ),
+    # The fewest edits pair the second "go": the first was missed, however near its time is.
+    "no match out of the alignment": (
+        [("[0.00]go[0.50][0.50]stop[1.00][1.00]go[1.50]", "[0.00]stop[0.50][0.50]go[0.90]")],
+        {"aas_ms": (500 + 500 + 500 + 600) / 4, "matched": 2 / 3},
+    ),
+}
 
 
-def test_word_error_rate_is_all_edits_over_all_reference_words():
-    # one substitution in four words, one insertion to one word: 2 of 5 (the mean of 1/4 and 1/1 would be 0.625)
-    pairs = ("turn left ninety degrees", "turn left nineteen degrees"), ("go", "no go")
-    assert scored(*pairs)["wer"] == pytest.approx(0.4)
-
-
-@pytest.mark.parametrize(
-    ("reference", "answer", "edits"),
-    [
-        ("turn left ninety degrees", "turn left ninety degrees", 0),
-        ("turn left ninety degrees", "turn ninety degrees", 1),
-        ("turn left ninety degrees", "", 4),
-        ("turn left ninety degrees", "left ninety degrees stop", 2),
-        ("turn left ninety degrees", "a b c d e f", 6),  # 150%: a rate may pass 1
-    ],
-)
-def test_insertions_deletions_and_substitutions_count_one_each(reference, answer, edits):
-    assert scored((reference, answer))["wer"] == pytest.approx(edits / 4)
-
-
-def test_character_error_rate_is_all_edits_over_all_reference_characters_spaces_included():
-    # "turn left" has 9 characters, of which one is wrong; "go", 2, is missing
-    assert scored(("turn  left.", "Turn lift!"), ("go", ""))["cer"] == pytest.approx(3 / 11)
-    assert scored(("turn left", "turnleft"))["cer"] == pytest.approx(1 / 9)
+@pytest.mark.parametrize("case", MEASURED)
+def test_measures_are_those_worked_out_by_hand(case):
+    pairs, wanted = MEASURED[case]
+    measures = scored(*pairs)
+    assert {name: measures[name] for name in wanted} == pytest.approx(wanted)
+    assert measures["n"] == len(pairs)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("Turn LEFT, please!", ["turn", "left", "please"]),
-        ("[0.48]turn[0.80][0.80]left[1.12]", ["turn", "left"]),
+        (TURN, ["turn", "left"]),
         ("twenty-one… “five”", ["twenty", "one", "five"]),
         ("don't don’t", ["dont", "dont"]),
         ("2.1 seconds. 3.", ["2.1", "seconds", "3"]),
@@ -80,15 +120,9 @@ def test_words_are_in_lower_case_without_stamps_and_punctuation(text, words):
     assert split_words(evaluate.STAMP.sub(" ", text)) == words
 
 
-def test_stamps_do_not_count_for_error_rates_on_either_side():
-    stamped, plain = "[0.48]turn[0.80][0.80]left[1.12]", "turn left"
-    measures = scored((stamped, plain), (plain, stamped))
-    assert (measures["wer"], measures["cer"]) == (0, 0)
-
-
-def test_a_thought_is_no_part_of_an_answer():
-    assert scored(("go", "<think>\nstop or go\n</think>\n\ngo"))["wer"] == 0
-    assert scored(("go", "<think>\ngo"))["wer"] == 1  # cut off while thinking: nothing was said
+def test_words_before_the_first_stamp_have_no_times():
+    times = [(word.text, word.start, word.end) for word in stamped_words("well " + TURN)]
+    assert times == [("well", None, None), ("turn", 480, 800), ("left", 800, 1120)]
 
 
 def slow_distance(a, b) -> int:
@@ -98,11 +132,8 @@ def slow_distance(a, b) -> int:
     def distance(i, j):
         if i == 0 or j == 0:
             return i + j
-        return min(
-            distance(i - 1, j) + 1,
-            distance(i, j - 1) + 1,
-            distance(i - 1, j - 1) + (a[i - 1] != b[j - 1]),
-        )
+        substituted = distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
+        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, substituted)
 
     return distance(len(a), len(b))
 
@@ -111,167 +142,51 @@ def test_edit_distance_is_that_of_its_recursive_definition():
     draw = random.Random(0)
     for _ in range(300):
         a, b = (draw.choices("abc", k=draw.randrange(9)) for _ in range(2))
-        assert (
-            edit_distance(a, b)
-            == slow_distance(a, b)
-            == align(*(stamped_words(" ".join(x)) for x in (a, b)))[0]
-        )
-
-
-# ---- times ----
-
-
-def test_aas_is_one_mean_over_starts_and_ends_of_matched_words():
-    # turn: 20 and 0 ms; left: 40 and 100 ms off. Their mean is 40
-    pair = "[0.48]turn[0.80][0.80]left[1.12]", "[0.50]turn[0.80][0.84]left[1.22]"
-    assert scored(pair)["aas_ms"] == pytest.approx(40)
-    assert scored(pair)["matched"] == 1
-
-
-def test_aas_is_one_mean_over_all_lines_and_matched_their_share():
-    first = "[0.00]go[0.50]", "[0.10]go[0.60]"  # 100, 100
-    second = (
-        "[0.00]one[1.00][1.00]two[2.00][2.00]three[3.00]",
-        "[0.01]one[1.03][1.00]too[2.00][2.02]three[3.06]",
-    )
-    measures = scored(first, second)  # 10, 30; a word missed; 20, 60
-    assert measures["aas_ms"] == pytest.approx((100 + 100 + 10 + 30 + 20 + 60) / 6)
-    assert measures["matched"] == pytest.approx(3 / 4)
-
-
-def test_lines_whose_reference_has_no_stamps_do_not_count_for_times():
-    assert scored(("turn left", "[0.48]turn[0.80][0.80]left[1.12]")) == NOTHING | {
-        "n": 1,
-        "wer": 0,
-        "cer": 0,
-    }
-    measures = scored(("[0.00]go[0.50]", "[0.10]go[0.60]"), ("turn left", "turn left"))
-    assert (measures["aas_ms"], measures["matched"]) == (pytest.approx(100), 1)
-
-
-def test_an_answer_without_stamps_matches_nothing_in_time():
-    assert scored(("[0.00]go[0.50]", "go")) == NOTHING | {"n": 1, "wer": 0, "cer": 0, "matched": 0}
-
-
-def test_a_segments_first_word_has_its_start_and_the_last_its_end_however_the_other_side_is_cut():
-    segment = "[0.00]go forward three meters[2.00]"
-    words = "[0.10]go[0.50][0.50]forward[1.00][1.00]three[1.50][1.50]meters[2.30]"
-    for pair in (
-        (segment, words),
-        (words, segment),
-    ):  # go starts 100 ms, meters ends 300 ms off: all that both have
-        assert scored(pair)["aas_ms"] == pytest.approx(200)
-        assert scored(pair)["matched"] == 1
-    assert scored((segment, "[0.10]go forward free meters[2.30]"))["matched"] == pytest.approx(
-        3 / 4
-    )
-
-
-def test_starts_alone_are_compared_where_ends_are_not_given():
-    assert scored(("[0.50]go", "[0.70]go[0.90]"))["aas_ms"] == pytest.approx(200)
-
-
-def test_words_before_the_first_stamp_have_no_times():
-    words = [
-        (word.text, word.start, word.end)
-        for word in stamped_words("well [0.48]turn[0.80][0.80]left[1.12]")
-    ]
-    assert words == [("well", None, None), ("turn", 480, 800), ("left", 800, 1120)]
-    assert scored(("well [0.00]go[0.50]", "well [0.10]go[0.60]"))["matched"] == 1
-
-
-def test_of_two_equal_words_the_one_missed_is_that_which_leaves_the_smaller_shift():
-    twice = "[0.00]five[0.40][1.00]five[1.40]"
-    for answer in "[0.01]five[0.41]", "[1.01]five[1.41]":
-        measures = scored((twice, answer))
-        assert (measures["aas_ms"], measures["matched"]) == (pytest.approx(10), 0.5)
-
-
-def test_of_alignments_with_as_few_edits_the_one_with_more_words_matched_counts():
-    # two substitutions, or a deletion, a match of "one" and an insertion
-    measures = scored(("[0.00]one[0.40][0.40]two[0.80]", "[0.00]two[0.40][0.40]one[0.80]"))
-    assert (measures["wer"], measures["matched"], measures["aas_ms"]) == (
-        1,
-        0.5,
-        pytest.approx(400),
-    )
-
-
-def test_equal_words_are_not_matched_out_of_the_alignment():
-    # the alignment with the fewest edits pairs the second "go"s: the first was missed, however near its time is
-    measures = scored(
-        ("[0.00]go[0.50][0.50]stop[1.00][1.00]go[1.50]", "[0.00]stop[0.50][0.50]go[0.90]")
-    )
-    assert measures["matched"] == pytest.approx(2 / 3)
-    assert measures["aas_ms"] == pytest.approx((500 + 500 + 500 + 600) / 4)
-
-
-# ---- questions and groups ----
-
-
-def test_accuracy_is_the_share_of_questions_with_the_references_words():
-    pairs = (
-        ("A bell.", "a  bell"),
-        ("A bell.", "a whistle"),
-        ("A bell.", "a bell rings"),
-        ("Yes.", "yes"),
-    )
-    assert scored(*pairs, question=True) == NOTHING | {"n": 4, "accuracy": 0.5}
+        wanted = slow_distance(a, b)
+        assert edit_distance(a, b) == wanted
+        assert align(stamped_words(" ".join(a)), stamped_words(" ".join(b))).edits == wanted
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"),
+    ("reference", "answer", "right"),
     [
-        ("at 2.1 seconds", 1),
-        ("At 2.1 seconds", 1),
-        ("At 2.2 seconds.", 0),
-        ("At 21 seconds.", 0),
-        ("At 2.10 seconds.", 0),
-        ("At 2 1 seconds.", 0),
+        ("A bell.", "a  bell", 1),
+        ("A bell.", "a whistle", 0),
+        ("A bell.", "a bell rings", 0),
+        ("At 2.1 seconds.", "at 2.1 seconds", 1),
+        ("At 2.1 seconds.", "At 2.2 seconds.", 0),
+        ("At 2.1 seconds.", "At 21 seconds.", 0),
+        ("At 2.1 seconds.", "At 2.10 seconds.", 0),
+        ("At 2.1 seconds.", "At 2 1 seconds.", 0),
+        ("[0.48]seven[0.80]", "[0.48]seven[0.80]", 1),
+        ("[0.48]seven[0.80]", "[0.48]seven[0.81]", 0),
+        ("[0.48]", "seven", 0),
     ],
 )
-def test_a_questions_time_has_to_be_equal(answer, right):
-    assert scored(("At 2.1 seconds.", answer), question=True)["accuracy"] == right
-
-
-def test_a_questions_time_has_to_be_equal_in_stamps_too():
-    pairs = (
-        ("[0.48]seven[0.80]", "[0.48]seven[0.80]"),
-        ("[0.48]seven[0.80]", "[0.48]seven[0.81]"),
-        ("[0.48]", "seven"),
-    )
-    assert scored(*pairs, question=True)["accuracy"] == pytest.approx(1 / 3)
+def test_accuracy_is_the_share_of_questions_with_the_references_words_and_times(
+    reference, answer, right
+):
+    measures = scored((reference, answer), ("Yes.", "yes"), question=True)
+    assert measures == NOTHING | {"n": 2, "accuracy": (right + 1) / 2}
 
 
 LINES = {
-    1: Line(PLAIN, [Path("a.wav")], "turn left", False),
-    2: Line(QUESTION, [Path("a.wav")], "At 2.1 seconds.", True),
-    3: Line(PLAIN, [Path("b.wav")], "go", False),
-    5: Line(STAMPED, [Path("b.wav")], "[0.00]go[0.50]", False),
+    1: Example(PLAIN, [Path("a.wav")], "turn left", False),
+    2: Example(QUESTION, [Path("a.wav")], "At 2.1 seconds.", True),
+    3: Example(PLAIN, [Path("b.wav")], "go", False),
+    5: Example(STAMPED, [Path("b.wav")], "[0.00]go[0.50]", False),
 }
 ANSWERS = {1: "turn right", 2: "At 2.1 seconds.", 5: "[0.10]go[0.50]"}  # none to 3
+# Characters: from left to right 4 edits, the missing "go" 2, of 9 + 2; the last line has 2 more.
+TIMED = {"aas_ms": 50.0, "matched": 1.0}
 SCORES = {
-    "all": {"n": 4, "wer": 2 / 4, "cer": 6 / 13, "aas_ms": 50.0, "matched": 1.0, "accuracy": 1.0},
+    "all": {"n": 4, "wer": 2 / 4, "cer": 6 / 13, **TIMED, "accuracy": 1.0},
     "prompts": {
-        PLAIN: {
-            "n": 2,
-            "wer": 2 / 3,
-            "cer": 6 / 11,
-            "aas_ms": None,
-            "matched": None,
-            "accuracy": None,
-        },
-        QUESTION: {
-            "n": 1,
-            "wer": None,
-            "cer": None,
-            "aas_ms": None,
-            "matched": None,
-            "accuracy": 1.0,
-        },
-        STAMPED: {"n": 1, "wer": 0.0, "cer": 0.0, "aas_ms": 50.0, "matched": 1.0, "accuracy": None},
+        PLAIN: NOTHING | {"n": 2, "wer": 2 / 3, "cer": 6 / 11},
+        QUESTION: NOTHING | {"n": 1, "accuracy": 1.0},
+        STAMPED: NOTHING | {"n": 1, "wer": 0.0, "cer": 0.0, **TIMED},
     },
-}  # characters: from left to right 4 edits, and the missing "go" 2, of 9 + 2 and, with the last line, 2 more
+}
 
 
 def test_groups_are_the_prompts_and_a_missing_answer_counts_as_empty():
@@ -287,7 +202,7 @@ def message(role: str, kind: str, content) -> dict:
     return {"role": role, "message_type": kind, "content": content}
 
 
-def data_line(line: Line) -> dict:
+def data_line(line: Example) -> dict:
     turns = [message("user", "audio", str(clip)) for clip in line.clips]
     turns += [message("user", "text", line.prompt), message("assistant", "text", line.answer)]
     return {"conversation": turns} | ({"task": "question"} if line.question else {})
@@ -303,9 +218,8 @@ def write_lines(path: Path, *lines) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     """LINES in a file, line 4 of which is empty; the sounds are not there."""
-    return write_lines(
-        tmp_path / "test.jsonl", *(data_line(LINES[i]) if i in LINES else "" for i in range(1, 6))
-    )
+    lines = [data_line(LINES[i]) if i in LINES else "" for i in range(1, 6)]
+    return write_lines(tmp_path / "test.jsonl", *lines)
 
 
 @pytest.fixture
@@ -314,48 +228,29 @@ def answers(tmp_path) -> Path:
     return write_lines(tmp_path / "answers.jsonl", *reversed(lines))  # in any order
 
 
-@pytest.fixture
-def said(capfd):
-    """stdout and stderr of a command line that has to succeed."""
-
-    def said(*argv) -> tuple[str, str]:
-        assert main([*map(str, argv)]) == 0
-        return capfd.readouterr()
-
-    return said
+def said(capfd, *argv) -> str:
+    """stdout of a command line that has to succeed."""
+    assert main([*map(str, argv)]) == 0
+    return capfd.readouterr().out
 
 
-@pytest.fixture
-def complaint(capfd):
-    """What the command line says, in one line after those on its progress, of arguments that it has to refuse."""
-
-    def complaint(*argv) -> str:
-        assert main([*map(str, argv)]) == 2
-        out, err = capfd.readouterr()
-        [line] = [
-            line for line in err.splitlines() if not line.startswith(("loading ", "checked "))
-        ]
-        assert (
-            out == ""
-            and err.endswith(line + "\n")
-            and line.startswith("evaluate: ")
-            and len(line) < 400
-        )
-        return line
-
-    return complaint
+def complaint(capfd, *argv) -> str:
+    """The one line, after those on progress, of a command line that has to be refused."""
+    assert main([*map(str, argv)]) == 2
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    [line] = [line for line in lines if not line.startswith(("loading ", "checked "))]
+    assert (out, line) == ("", lines[-1])
+    assert line.startswith("evaluate: ") and len(line) < 400
+    return line
 
 
-def test_answers_are_scored_without_model_and_sounds_and_json_has_exactly_these_keys(
-    data, answers, said
-):
-    out, err = said("--data", data, "--answers", answers, "--json")
-    assert json.loads(out) == SCORES
-    assert err == ""
+def test_answers_are_scored_without_model_and_sounds_into_json(data, answers, capfd):
+    assert json.loads(said(capfd, "--data", data, "--answers", answers, "--json")) == SCORES
 
 
-def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(data, answers, said):
-    out, _ = said("--data", data, "--answers", answers)
+def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(data, answers, capfd):
+    out = said(capfd, "--data", data, "--answers", answers)
     assert [line.rsplit(maxsplit=6) for line in out.splitlines()] == [
         ["prompt", "n", "wer", "cer", "aas_ms", "matched", "accuracy"],
         [PLAIN, "2", "66.7%", "54.5%", "-", "-", "-"],
@@ -366,12 +261,12 @@ def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(dat
     assert len({len(line) for line in out.splitlines()}) == 1  # columns stand under each other
 
 
-def test_a_line_ends_at_a_newline_alone(tmp_path, said):
-    # U+2028 and U+0085 are allowed in a JSON string, and are line ends to str.splitlines
-    line = Line("Transcribe\u2028the\u0085audio.", [Path("a.wav")], "go", False)
+def test_a_line_ends_at_a_newline_alone(tmp_path, capfd):
+    # U+2028 and U+0085 are allowed in a JSON string, and are line ends to str.splitlines.
+    line = Example("Transcribe\u2028the\u0085audio.", [Path("a.wav")], "go", False)
     data = write_lines(tmp_path / "test.jsonl", data_line(line), data_line(line))
     answers = write_lines(tmp_path / "answers.jsonl", {"id": 2, "text": "go"})
-    scores = json.loads(said("--data", data, "--answers", answers, "--json")[0])
+    scores = json.loads(said(capfd, "--data", data, "--answers", answers, "--json"))
     assert scores["all"] == NOTHING | {"n": 2, "wer": 0.5, "cer": 0.5}
 
 
@@ -384,68 +279,53 @@ BAD_LINES = {
     "no object": [1],
     "no conversation": {},
     "a conversation of no messages": {"conversation": ["hello"]},
-    "a message without content": {
-        "conversation": [AUDIO, TEXT, {"role": "assistant", "message_type": "text"}]
-    },
+    "a message without content": {"conversation": [AUDIO, TEXT, {"role": "user"}]},
     "content of another type": {"conversation": [AUDIO, TEXT, message("assistant", "text", 5)]},
+    "a role that is a list": {"conversation": [AUDIO, TEXT, ANSWER, message([], "text", "x")]},
     "no audio": {"conversation": [TEXT, ANSWER]},
     "no prompt": {"conversation": [AUDIO, ANSWER]},
+    "an empty prompt": {"conversation": [AUDIO, message("user", "text", " "), ANSWER]},
     "two prompts": {"conversation": [AUDIO, TEXT, TEXT, ANSWER]},
     "no answer": {"conversation": [AUDIO, TEXT]},
     "an empty answer": {"conversation": [AUDIO, TEXT, message("assistant", "text", " ")]},
-    "a system message": {
-        "conversation": [message("system", "text", "Be brief."), AUDIO, TEXT, ANSWER]
-    },
+    "a system message": {"conversation": [message("system", "text", "Hi."), AUDIO, TEXT, ANSWER]},
     "another task": GOOD | {"task": "Question"},
 }
 
 
 @pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, complaint):
+def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, capfd):
     data = write_lines(tmp_path / "bad.jsonl", GOOD, "", bad, GOOD, GOOD)
-    assert f"{data}: 1 bad lines: line 3: " in complaint("--data", data, "--answers", answers)
+    assert f"{data}: 1 bad lines: line 3: " in complaint(
+        capfd, "--data", data, "--answers", answers
+    )
 
 
-def test_all_bad_lines_are_counted(tmp_path, answers, complaint):
-    data = write_lines(tmp_path / "bad.jsonl", {}, GOOD, "{", GOOD, [])
-    line = complaint("--data", data, "--answers", answers)
-    assert all(part in line for part in ("3 bad lines", "line 1: ", "line 3: ", "line 5: "))
+OF_NO_LINE = [{"id": number, "text": ""} for number in (0, 4, 6, True, "1", None)]
+BAD_ANSWERS = [*OF_NO_LINE, {"id": 1}, {"id": 1, "text": None}, {"id": 5, "text": "again"}, [], "{"]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"id": 4, "text": "to an empty line"},
-        {"id": 6, "text": ""},
-        {"id": 0, "text": ""},
-        {"id": True, "text": ""},
-        {"id": "1", "text": ""},
-        {"text": "go"},
-        {"id": 1},
-        {"id": 1, "text": None},
-        {"id": 5, "text": "a second"},
-        [],
-        "{",
-    ],
-    ids=repr,
-)
-def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, complaint):
+@pytest.mark.parametrize("bad", BAD_ANSWERS, ids=repr)
+def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, capfd):
     answers = write_lines(tmp_path / "bad.jsonl", {"id": 5, "text": "go"}, bad)
-    assert f"{answers}: 1 bad lines: line 2: " in complaint("--data", data, "--answers", answers)
+    assert f"{answers}: 1 bad lines: line 2: " in complaint(
+        capfd, "--data", data, "--answers", answers
+    )
 
 
-def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, complaint):
-    absent, empty = tmp_path / "absent.jsonl", write_lines(tmp_path / "empty.jsonl")
-    assert str(absent) in complaint("--data", absent, "--answers", answers)
-    assert str(absent) in complaint("--data", data, "--answers", absent)
-    assert str(empty) in complaint("--data", empty, "--answers", answers)
-    assert str(tmp_path) in complaint("--data", tmp_path, "--answers", answers)
+def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, capfd):
+    absent = tmp_path / "absent.jsonl"
+    empty = write_lines(tmp_path / "empty.jsonl")
+    assert str(absent) in complaint(capfd, "--data", absent, "--answers", answers)
+    assert str(absent) in complaint(capfd, "--data", data, "--answers", absent)
+    assert str(empty) in complaint(capfd, "--data", empty, "--answers", answers)
+    assert str(tmp_path) in complaint(capfd, "--data", tmp_path, "--answers", answers)
 
 
-def test_arguments_that_make_no_sense_are_refused(data, answers, complaint):
-    assert "not both" in complaint("--data", data, "--answers", answers, *MODEL)
-    assert "max_new_tokens is 0" in complaint("--data", data, *MODEL, "--max-new-tokens", 0)
-    assert "--data" in complaint("--answers", answers)
+def test_arguments_that_make_no_sense_are_refused(data, answers, capfd):
+    assert "not both" in complaint(capfd, "--data", data, "--answers", answers, *MODEL)
+    assert "max_new_tokens is 0" in complaint(capfd, "--data", data, *MODEL, "--max-new-tokens", 0)
+    assert "--data" in complaint(capfd, "--answers", answers)
 
 
 # ---- a model ----
@@ -453,46 +333,50 @@ def test_arguments_that_make_no_sense_are_refused(data, answers, complaint):
 
 @pytest.fixture
 def sounds(tmp_path) -> Path:
-    """A folder with a data file of three lines on sounds beside it, one with two clips and one a question."""
+    """A folder with sounds and three lines on them: one has two clips, one is a question."""
     (tmp_path / "sounds").mkdir()
     shutil.copy(JFK, tmp_path / "sounds" / "long.wav")
     samples, rate = soundfile.read(JFK, dtype="int16")
     soundfile.write(tmp_path / "sounds" / "short.wav", samples[: 2 * rate], rate)
     long, short = Path("sounds/long.wav"), Path("sounds/short.wav")
     lines = (
-        Line("Transcribe.", [short], "ask not", False),
-        Line("Compare.", [long, short], "what", False),
-        Line("Which?", [short], ask(tmp_path, [short], "Which?"), True),
+        Example("Transcribe.", [short], "ask not", False),
+        Example("Compare.", [long, short], "what", False),
+        Example("Which?", [short], ask(tmp_path, [short], "Which?"), True),
     )
     write_lines(tmp_path / "test.jsonl", *map(data_line, lines))
     return tmp_path
 
 
-def ask(folder: Path, clips, prompt: str) -> str:
-    return golden_model().ask(
-        [folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8
-    )
+def ask(folder: Path, clips, prompt: str, model=None) -> str:
+    model = model or golden_model()
+    return model.ask([folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8)
 
 
-def test_a_model_is_scored_on_its_greedy_answers_to_the_sounds_beside_the_data(sounds, said):
+@pytest.mark.parametrize("lora", [None, GOLDEN / "training" / "lora"])
+def test_a_model_is_scored_on_its_greedy_answers_to_the_sounds_beside_the_data(lora, sounds, capfd):
+    change = evaluate.lora_change(lora, CHECKPOINT)
+    model = evaluate.MossAudio.from_pretrained(CHECKPOINT, "cpu", change=change)
     lines = evaluate.read_data(sounds / "test.jsonl", need_sound=True)
-    texts = [{"id": i, "text": ask(sounds, line.clips, line.prompt)} for i, line in lines.items()]
-    assert len({text["text"] for text in texts}) == 3  # the clips and prompts matter
-    answers = write_lines(sounds / "answers.jsonl", *texts)
-    wanted = json.loads(said("--data", sounds / "test.jsonl", "--answers", answers, "--json")[0])
-    out, err = said("--data", sounds / "test.jsonl", *MODEL, "--json")
-    assert json.loads(out) == wanted
-    assert wanted["all"]["accuracy"] == 1
-    assert {"checked 3 of 3, 0:00:00 left", "answered 3 of 3, 0:00:00 left"} <= set(
-        err.splitlines()
-    )
+    texts = {i: ask(sounds, line.clips, line.prompt, model) for i, line in lines.items()}
+    assert len(set(texts.values())) == 3  # the clips and prompts matter
+    argv = ["--data", sounds / "test.jsonl", *MODEL, "--json"]
+    if lora:
+        argv += ["--lora", lora]
+    assert main([*map(str, argv)]) == 0
+    out, err = capfd.readouterr()
+    scores = json.loads(out)
+    assert scores == score(lines, texts)
+    assert "checked 3 of 3, 0:00:00 left\nanswered 3 of 3, 0:00:00 left\n" in err
+    assert scores["all"]["accuracy"] == (0 if lora else 1)
 
 
-def test_progress_tells_the_time_left(monkeypatch, capfd):
+def test_progress_tells_the_time_left_at_most_every_five_seconds(monkeypatch, capfd):
     seconds = iter([0, 4, 6, 10, 14, 20])  # the start, and when each of five is done
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(seconds))
-    assert list(evaluate.with_progress("abcde", "answered")) == list("abcde")
-    # 6 s for two of five; the next line no sooner than 5 s later: 14 s for four of them
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(seconds))
+    progress = common.Progress("answered", 5)
+    for done in range(1, 6):
+        progress.at(done)
     assert capfd.readouterr().err.splitlines() == [
         "answered 2 of 5, 0:00:09 left",
         "answered 4 of 5, 0:00:04 left",
@@ -500,68 +384,50 @@ def test_progress_tells_the_time_left(monkeypatch, capfd):
     ]
 
 
-def spoil(folder: Path, kind: str) -> None:
-    """Spoils the sound of the last of the data file's lines."""
-    path = folder / "sounds" / "third.wav"
-    shutil.copy(folder / "sounds" / "short.wav", path)
-    if kind == "not there":
-        path.unlink()
-    elif kind == "a folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "no sound":
-        path.write_bytes(b"RIFF")
-    *lines, last = map(json.loads, (folder / "test.jsonl").read_text().splitlines())
-    last["conversation"][0]["content"] = (
-        "long" * 999 if kind == "no possible name" else "sounds/third.wav"
-    )
-    if kind == "no Unicode":
-        last["conversation"][1]["content"] = "\ud800"
-    if kind == "a placeholder too many":
-        last["conversation"][1]["content"] = "<|audio_bos|><|AUDIO|><|audio_eos|>" * 2
-    (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (*lines, last)))
+MISSING = {
+    "not there": data_line(Example("Which?", ["sounds/none.wav"], "yes", False)),
+    "a folder": data_line(Example("Which?", ["sounds"], "yes", False)),
+    "no possible name": data_line(Example("Which?", ["long" * 999], "yes", False)),
+}
+UNFIT = {
+    "no sound": data_line(Example("Which?", ["test.jsonl"], "yes", False)),
+    "no Unicode": data_line(Example("\ud800", ["sounds/short.wav"], "yes", False)),
+    "placeholders": data_line(Example(CLIP * 2, ["sounds/short.wav"], "yes", False)),
+}
 
 
-MISSING, UNFIT = (
-    ["not there", "a folder", "no possible name"],
-    ["no sound", "no Unicode", "a placeholder too many"],
-)
-
-
-@pytest.mark.parametrize("kind", MISSING + UNFIT)
-def test_a_line_that_cannot_be_run_is_named_before_the_first_is(
-    kind, sounds, complaint, monkeypatch
-):
-    spoil(sounds, kind)
-    monkeypatch.setattr(evaluate.MossAudio, "ask", lambda *_, **__: pytest.fail("a line was run"))
+@pytest.mark.parametrize("kind", [*MISSING, *UNFIT])
+def test_a_bad_line_is_named_before_the_first_is_run(kind, sounds, capfd, monkeypatch):
+    with open(sounds / "test.jsonl", "a") as file:
+        file.write(json.dumps((MISSING | UNFIT)[kind]))
+    model = evaluate.MossAudio
+    monkeypatch.setattr(model, "ask", lambda *_, **__: pytest.fail("a line was run"))
     if kind in MISSING:
-        monkeypatch.setattr(
-            evaluate.MossAudio, "from_pretrained", lambda *_: pytest.fail("the model was loaded")
-        )
-    assert "1 bad lines: line 3: " in complaint("--data", sounds / "test.jsonl", *MODEL)
+        monkeypatch.setattr(model, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
+    assert "1 bad lines: line 4: " in complaint(capfd, "--data", sounds / "test.jsonl", *MODEL)
 
 
-def test_a_context_that_cuts_answers_short_is_not_told_for_every_line(
-    sounds, checkpoint, said, recwarn
-):
+def test_a_context_that_cuts_answers_is_not_told_for_every_line(sounds, checkpoint, capfd, recwarn):
     edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": 300})
-    said("--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu")
+    said(capfd, "--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu")
     assert recwarn.list == []
 
 
-@pytest.mark.parametrize("free", [0, -1])
 def test_a_clip_that_leaves_no_room_for_an_answer_is_named_before_any_is_run(
-    free, sounds, checkpoint, complaint, monkeypatch
+    sounds, checkpoint, capfd, monkeypatch
 ):
     _, longest, _ = evaluate.read_data(sounds / "test.jsonl", need_sound=True).values()
-    positions = len(golden_model().prompt(longest.prompt, longest.clips).ids) + free
+    positions = len(golden_model().prompt(longest.prompt, longest.clips).ids)
     edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": positions})
     monkeypatch.setattr(evaluate.MossAudio, "ask", lambda *_, **__: pytest.fail("a line was run"))
-    line = complaint("--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu")
+    line = complaint(
+        capfd, "--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu"
+    )
     assert "1 bad lines: line 2: " in line and str(positions) in line
 
 
 def test_the_file_runs_from_any_folder(data, answers, tmp_path):
-    command = sys.executable, TOOL, "--data", data.name, "--answers", answers.name, "--json"
+    tool = HERE.parent / "tools" / "evaluate.py"
+    command = sys.executable, tool, "--data", data.name, "--answers", answers.name, "--json"
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (run.returncode, json.loads(run.stdout), run.stderr) == (0, SCORES, "")

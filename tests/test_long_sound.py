@@ -1,61 +1,31 @@
-"""An hour of sound: what its log-mel, the encoder and the prompt need of memory, and what the encoder reports."""
+"""Long sound: what its log-mel, the encoder and the prompt need of memory, and what is reported."""
 
-import os
-import subprocess
-import sys
 import tracemalloc
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from adapter import AdapterConfig
-from conftest import HERE
-from encoder import SAMPLE_RATE, AudioEncoder, EncoderConfig, mel_spectrum
-from moss_min import MossAudio, MossConfig
-from qwen3 import Qwen3Config
+from conftest import golden_case, golden_model, needs_proc, numbers_from
+from encoder import SAMPLE_RATE, AudioEncoder, mel_spectrum
+from moss_min import MossAudio
 
 CHUNK = 400  # mel frames, 4 s
 
 
-def small_config(**values) -> EncoderConfig:
-    sizes = dict(
-        downsample_hidden_size=2,
-        d_model=16,
-        output_dim=16,
-        encoder_layers=1,
-        encoder_attention_heads=2,
-    )
-    rest = dict(encoder_ffn_dim=16, layer_norm_eps=1e-5, deepstack_encoder_layer_indexes=(0,))
-    return EncoderConfig(**sizes | rest | values)
-
-
 def small_encoder(**values) -> AudioEncoder:
-    """An encoder of random weights, 16 wide, with one layer and one tap."""
-    return AudioEncoder(small_config(**values))
+    """An encoder of random weights with one layer and one tap."""
+    sizes = {"downsample_hidden_size": 2, "encoder_layers": 1, "conv_chunksize": 64}
+    sizes["deepstack_encoder_layer_indexes"] = (0,)
+    return AudioEncoder(replace(golden_model().config.encoder, **sizes | values))
 
 
 def wide_model() -> MossAudio:
-    """A model of random weights whose decoder has one layer, 32 wide but for its MLP: 33 kB a token there, thrice."""
-    sizes = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=8192,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    rest = dict(
-        num_key_value_heads=1,
-        head_dim=16,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=8192,
-    )
-    adapter = AdapterConfig(
-        output_dim=16, adapter_hidden_size=16, hidden_size=32, audio_token_id=63
-    )
-    return MossAudio(MossConfig(small_config(), adapter, Qwen3Config(**sizes | rest), ()), None)
+    """A model of random weights whose decoder's MLP takes 33 kB a token, three times."""
+    config = golden_model().config
+    decoder = replace(config.decoder, intermediate_size=8192, num_hidden_layers=1)
+    return MossAudio(config._replace(decoder=decoder), golden_model().tokenizer)
 
 
 def mel_of(frames: int) -> torch.Tensor:
@@ -63,7 +33,7 @@ def mel_of(frames: int) -> torch.Tensor:
 
 
 def mel_peak(seconds: int) -> int:
-    """The bytes that the log-mel of noise takes at its peak, beyond the sound; numpy reports them to tracemalloc."""
+    """The bytes that the log-mel of noise takes at its peak, beside the sound, by numpy's count."""
     wave = np.random.default_rng(0).standard_normal(seconds * SAMPLE_RATE, dtype=np.float32)
     tracemalloc.start()
     try:
@@ -74,20 +44,20 @@ def mel_peak(seconds: int) -> int:
 
 
 def test_the_log_mel_of_an_hour_takes_less_than_half_a_gigabyte_beyond_the_sound():
-    one, six = (
-        mel_peak(60),
-        mel_peak(360),
-    )  # the rest grows by the second: 64 kB of padded sound, 51 kB of log-mel
-    assert one + (six - one) / 300 * (3600 - 60) < 0.5e9
+    one = mel_peak(60)
+    three = mel_peak(180)
+    # A second more takes 64 kB of padded sound and 51 kB of log-mel.
+    assert one + (three - one) / 120 * (3600 - 60) < 0.5e9
 
 
 @pytest.mark.parametrize(
     "conv_chunksize, batches", [(64, [8, 8, 4]), (8, [8, 8, 4]), (6, [6, 6, 6, 2])]
 )
-def test_the_encoder_takes_at_most_8_chunks_at_a_time_and_no_more_than_conv_chunksize(
+def test_at_most_8_chunks_are_encoded_at_a_time_and_no_more_than_conv_chunksize(
     conv_chunksize, batches
 ):
-    encoder, seen = small_encoder(conv_chunksize=conv_chunksize), []
+    encoder = small_encoder(conv_chunksize=conv_chunksize)
+    seen = []
     encoder.conv1.register_forward_pre_hook(lambda conv, args: seen.append(len(args[0])))
     output, taps = encoder([mel_of(12 * CHUNK), mel_of(8 * CHUNK)])
     assert seen == batches and len(output) == len(taps[0]) == 20 * 50
@@ -95,69 +65,60 @@ def test_the_encoder_takes_at_most_8_chunks_at_a_time_and_no_more_than_conv_chun
 
 ENCODE = """
 import torch
+from conftest import high_water
 from test_long_sound import CHUNK, mel_of, small_encoder
+
 encoder = small_encoder(downsample_hidden_size=128)  # the first convolution gives 6.6 MB a chunk
 with torch.inference_mode():
     for chunks in (8, 72):
         encoder([mel_of(chunks * CHUNK)])
-        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+        print(high_water())
 """
 PREFILL = """
 import torch
+from conftest import high_water
 from moss_min import Prompt
-from qwen3 import KVCache
-from sample import prefill
 from test_long_sound import wide_model
+
 model = wide_model()
 with torch.inference_mode():
     for tokens in (1000, 8000):
-        cache = KVCache(model.config.decoder, 1, tokens, torch.float32, torch.device("cpu"))
-        prefill(model, Prompt(torch.arange(tokens) % 63, []), cache, None)
-        print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+        model.prefill(Prompt(torch.arange(tokens) % 63, []), model.new_cache(1, tokens))
+        print(high_water())
 """
-from_proc = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc"
-)
 
 
-def peaks(program: str) -> list[float]:
-    """The numbers of kB that a program prints, run as a process of its own, in MB."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
-    )
-    return [
-        int(kilobytes) / 1e3 for kilobytes in run.stdout.split()
-    ]  # getrusage would count the parent's, too
-
-
-@from_proc
+@pytest.mark.slow
+@needs_proc
 def test_a_longer_clip_takes_hardly_more_memory_to_encode():
-    short, long = peaks(ENCODE)
-    assert (
-        long - short < 100
-    )  # MB: the log-mel, its chunks and the rows are 25; 64 chunks at a time would be 840
+    short, long = numbers_from(ENCODE)
+    # The log-mel, its chunks and the rows are 25 MB; 64 chunks at a time would take 840 more.
+    assert long - short < 100e6
 
 
-@from_proc
+@needs_proc
 def test_a_longer_prompt_takes_hardly_more_memory_to_prefill():
-    short, long = peaks(PREFILL)
-    assert (
-        long - short < 250
-    )  # MB: the last slice's mask and what it takes to make it are 90; one piece would be 690
+    short, long = numbers_from(PREFILL)
+    # The last slice's mask and what makes it are 90 MB; in one piece it would take 690 more.
+    assert long - short < 250e6
 
 
 def test_encoding_reports_how_many_seconds_are_done():
     lines = []
-    small_encoder()(
-        [mel_of(10 * CHUNK + 200), mel_of(7 * CHUNK)], lines.append
-    )  # 42 s and 28 s: chunk 11 is 2 s
+    # 42 s and 28 s: chunk 11 is 2 s.
+    small_encoder()([mel_of(10 * CHUNK + 200), mel_of(7 * CHUNK)], lines.append)
     assert lines == ["encoding: 32 of 70 s", "encoding: 62 of 70 s", "encoding: 70 of 70 s"]
 
 
-def test_encoding_in_one_batch_reports_nothing():
+def test_a_generation_reports_the_encoding_before_the_prompt(monkeypatch):
+    monkeypatch.setattr("moss_min.SLICE", 400)
+    model = golden_model()
+    case = golden_case("long")
+    prompt = model.prompt(case.text, case.clips)
+    n = len(prompt.ids)
+    assert 400 < n <= 800
     lines = []
-    small_encoder()([mel_of(8 * CHUNK)], lines.append)
-    assert lines == []
+    next(model.generate(prompt, 1, report=lines.append))
+    # 44 s are 11 chunks, the last 3 a batch of their own.
+    encoding = ["encoding: 32 of 44 s", "encoding: 44 of 44 s"]
+    assert lines == [*encoding, f"prompt: 400 of {n} tokens", f"prompt: {n} of {n} tokens"]

@@ -1,15 +1,12 @@
-"""Sound files and arrays to a waveform, and a waveform to its log-mel, without any other library's word for it.
+"""Sound files and arrays to a waveform, and a waveform to its log-mel, against worked numbers.
 
 The tests that need ffmpeg (m4a, mp4, webm ...) are skipped where there is none on the PATH.
 """
 
 import io
 import math
-import os
 import shutil
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +15,8 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-import encoder
-from conftest import GOLDEN, JFK
-from encoder import (
-    HOP,
-    SAMPLE_RATE,
-    load_audio,
-    log_mel,
-    mel_filters,
-    mel_spectrum,
-    pad_edges,
-    resample,
-)
+from conftest import GOLDEN, JFK, needs_proc, numbers_from
+from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_filters, mel_spectrum, resample
 
 # ---- resampling ----
 
@@ -42,68 +29,48 @@ def noise(samples: int) -> np.ndarray:
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
 def test_resampling_gives_torchaudios_figures(rate):
-    ours, expected = resample(TORCHAUDIO[f"input.{rate}"], rate), TORCHAUDIO[f"output.{rate}"]
-    assert ours.dtype == torch.float32 and ours.shape == expected.shape
-    torch.testing.assert_close(
-        ours, expected, rtol=0, atol=1e-6
-    )  # a few float32 roundings of sums below 1
+    ours = resample(TORCHAUDIO[f"input.{rate}"], rate)
+    expected = TORCHAUDIO[f"output.{rate}"]
+    assert ours.dtype == torch.float32
+    # A few float32 roundings of sums below 1.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
 def interpolate(sound: np.ndarray, rate: int, sample: int) -> float:
-    """One output sample by section 3.2 of the specification: in float64, but for t, which is float32 by that section.
+    """One output sample by section 3.2 of the specification, in float64 but for t.
 
-    At an odd rate a t in float64 would be up to 1e-3 away from that, and the result up to 1e-4.
+    That is float32 by the same section. At an odd rate it would be up to 1e-3 away in float64, and
+    the result up to 1e-4.
     """
     divisor = math.gcd(rate, 16_000)
-    o, n = rate // divisor, 16_000 // divisor
-    r = 0.99 * min(o, n)
-    w = math.ceil(6 * o / r)
-    m, p = divmod(sample, n)
-    i = np.arange(-w, w + o, dtype=np.float32)
-    t = np.float32(r) * (i / np.float32(o) - np.float32(p) / np.float32(n))
+    old = rate // divisor
+    new = 16_000 // divisor
+    cutoff = 0.99 * min(old, new)
+    width = math.ceil(6 * old / cutoff)
+    first, phase = divmod(sample, new)
+    i = np.arange(-width, width + old, dtype=np.float32)
+    t = np.float32(cutoff) * (i / np.float32(old) - np.float32(phase) / np.float32(new))
     t = np.clip(t.astype(np.float64), -6, 6)
-    taps = r / o * np.sinc(t) * np.cos(np.pi * t / 12) ** 2
-    padded = np.concatenate([np.zeros(w), sound, np.zeros(w + o)])
-    return taps @ padded[o * m : o * m + len(taps)]
+    taps = cutoff / old * np.sinc(t) * np.cos(np.pi * t / 12) ** 2
+    padded = np.concatenate([np.zeros(width), sound, np.zeros(width + old)])
+    return taps @ padded[old * first : old * first + len(taps)]
 
 
 def test_an_odd_rate_is_resampled_by_the_formula():
-    sound = noise(100_000)
+    sound = noise(50_000)
     ours = resample(torch.from_numpy(sound), 44_101)
-    assert len(ours) == 36_281  # 100,000 x 16,000 / 44,101 = 36,280.4
-    samples = [
-        0,
-        1,
-        7,
-        12_345,
-        15_999,
-        16_000,
-        16_001,
-        31_999,
-        32_000,
-        36_270,
-        36_278,
-        36_279,
-        36_280,
-    ]
-    expected = torch.tensor(
-        [interpolate(sound, 44_101, sample) for sample in samples], dtype=torch.float32
-    )
-    torch.testing.assert_close(
-        ours[samples], expected, rtol=0, atol=1e-6
-    )  # float32 sums of 14 products below 1
+    assert len(ours) == 18_141  # 50,000 x 16,000 / 44,101 = 18,140.2
+    samples = [0, 1, 7, 12_345, 15_999, 16_000, 16_001, 18_130, 18_138, 18_139, 18_140]
+    expected = torch.tensor([interpolate(sound, 44_101, sample) for sample in samples])
+    # Float32 sums of 14 products below 1.
+    torch.testing.assert_close(ours[samples], expected.float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     "rate, samples, length",
     [
-        (
-            44_101,
-            27_836,
-            10_099,
-        ),  # 16,000 x 27,836 = 44,101 x 10,099 + 1: in float32 the quotient is 10,099
-        (44_101, 27_837, 10_100),  # 10,099.4
-        (44_100, 180_697, 65_559),  # 160 x 180,697 = 441 x 65,559 + 1
+        (44_100, 180_697, 65_559),  # 160 x 180,697 = 441 x 65,559 + 1, in float32 441 x 65,559
+        (44_100, 180_700, 65_561),  # 65,560.1
         (44_100, 1, 1),
         (8_000, 1, 2),
         (16_000, 12_345, 12_345),
@@ -113,28 +80,28 @@ def test_the_output_length_is_a_float32_quotient_rounded_up(rate, samples, lengt
     assert len(resample(torch.zeros(samples), rate)) == length
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc"
-)
-@pytest.mark.parametrize(
-    "rate", [44_101, 48_000]
-)  # 16,000 filters of 44,135 taps; one filter, of 41
+LOAD = """
+import sys
+import torch
+from conftest import high_water
+from encoder import load_audio, resample
+
+resample(torch.zeros(1000), 8_000)  # what torch needs for itself
+before = high_water()
+print(len(load_audio(sys.argv[1])), high_water() - before)
+"""
+
+
+@pytest.mark.slow
+@needs_proc
+@pytest.mark.parametrize("rate", [44_101, 48_000])
 def test_loading_takes_memory_that_is_a_small_multiple_of_the_sound(rate, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(3 * 60 * rate), rate, subtype="FLOAT")  # 32 MB
-    script = f"""
-import re, torch, encoder
-most = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
-encoder.resample(torch.zeros(1000), 8_000)  # what torch needs for itself
-before = most()
-print(len(encoder.load_audio({str(path)!r})), most() - before)
-"""
-    command, home = [sys.executable, "-c", script], Path(encoder.__file__).parent
-    run = subprocess.run(command, cwd=home, capture_output=True, check=True)
-    length, grown = map(int, run.stdout.split())
+    length, grown = numbers_from(LOAD, path)
     assert length == 3 * 60 * 16_000
-    # Four times: the file's bytes, its samples, their mean, the output and what pads it. All filters of 44,101 Hz at
-    # once would be 90 times; at 48,000 Hz all windows at once 13 times.
+    # Four times: the file's bytes, its samples, their mean, the output and what pads it. At 44,101
+    # Hz all 16,000 filters of 44,135 taps at once would be 90 times, at 48,000 Hz all windows 13.
     assert grown < 5 * path.stat().st_size
 
 
@@ -142,7 +109,7 @@ print(len(encoder.load_audio({str(path)!r})), most() - before)
 
 
 def tones(seconds: float, rate: int, channels: int) -> np.ndarray:
-    """A 440-Hz sine, [samples, channels], of amplitude 0.1 in the first channel, 0.2 in the second, ..."""
+    """A 440-Hz sine, [samples, channels], of amplitude 0.1, 0.2, ... channel by channel."""
     sine = np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
     return sine[:, None] * 0.1 * np.arange(1, channels + 1)
 
@@ -153,10 +120,8 @@ def encoded(sound: np.ndarray, rate: int = SAMPLE_RATE, **options) -> bytes:
     return file.getvalue()
 
 
-EXACT, LOSSY = (
-    2e-4,
-    2e-2,
-)  # 16-bit rounding and the ripple of the filters in the pass band; what a codec leaves out
+EXACT = 2e-4  # 16-bit rounding, and the ripple of the filters in the pass band
+LOSSY = 2e-2  # what a codec leaves out
 
 
 @pytest.mark.parametrize(
@@ -164,15 +129,10 @@ EXACT, LOSSY = (
     [
         ("WAV", 16_000, 1, EXACT),
         ("WAV", 44_100, 2, EXACT),
-        ("WAV", 8_000, 1, EXACT),
         ("WAV", 96_000, 6, EXACT),
         ("FLAC", 48_000, 3, EXACT),
-        ("FLAC", 44_101, 1, EXACT),
-        ("AIFF", 32_000, 2, EXACT),
-        ("OGG", 22_050, 2, LOSSY),
         ("OGG", 48_000, 1, LOSSY),
         ("MP3", 44_100, 2, LOSSY),
-        ("MP3", 24_000, 1, LOSSY),
     ],
 )
 def test_a_file_becomes_16_khz_with_its_channels_averaged(
@@ -187,70 +147,30 @@ def test_a_file_becomes_16_khz_with_its_channels_averaged(
     torch.testing.assert_close(wave[edge:-edge], expected[edge:-edge], rtol=0, atol=tolerance)
 
 
-# Two steps: libsndfile writes 32,767ths and reads 32,768ths.
-@pytest.mark.parametrize(
-    "subtype, tolerance",
-    [("PCM_U8", 2**-6), ("PCM_16", 2**-14), ("PCM_24", 2**-22), ("FLOAT", 0), ("DOUBLE", 0)],
-)
-def test_samples_of_every_width_are_read(subtype, tolerance):
-    sound = noise(4000).clip(-0.99, 0.99)
-    wave = load_audio(io.BytesIO(encoded(sound, subtype=subtype)))
-    torch.testing.assert_close(wave, torch.from_numpy(sound), rtol=0, atol=tolerance)
-
-
-def test_a_path_may_be_a_string():
+def test_a_path_may_be_a_string_or_an_open_file():
     assert torch.equal(load_audio(str(JFK)), load_audio(JFK))
-
-
-def test_a_binary_file_loads_as_its_path_does():
     with open(JFK, "rb") as file:
         assert torch.equal(load_audio(file), load_audio(JFK))
 
 
-def through_a_pipe(data: bytes) -> torch.Tensor:
-    """load_audio on the reading end of a pipe, which can't seek."""
-    reading, writing = os.pipe()
-
-    def write():
-        with open(writing, "wb") as file:
-            file.write(data)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        with open(reading, "rb") as file:
-            return load_audio(file)
-    finally:
-        writer.join()
-
-
 def test_a_pipe_that_cannot_seek_loads():
-    assert torch.equal(through_a_pipe(JFK.read_bytes()), load_audio(JFK))
+    with subprocess.Popen(["cat", JFK], stdout=subprocess.PIPE) as process:
+        assert torch.equal(load_audio(process.stdout), load_audio(JFK))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_a_numpy_array_is_taken_as_16_khz(dtype):
-    array = noise(1000).astype(dtype)
-    wave = load_audio(array)
-    assert wave.dtype == torch.float32 and np.array_equal(wave.numpy(), array.astype(np.float32))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_torch_tensor_is_taken_as_16_khz(dtype):
-    tensor = torch.from_numpy(noise(1000)).to(dtype).requires_grad_()
-    wave = load_audio(tensor)
-    assert (
-        wave.dtype == torch.float32
-        and not wave.requires_grad
-        and torch.equal(wave, tensor.detach().float())
-    )
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_an_array_or_a_tensor_is_taken_as_16_khz(dtype):
+    tensor = torch.from_numpy(noise(1000)).to(dtype)
+    for source in (tensor.numpy(), tensor.requires_grad_()):
+        wave = load_audio(source)
+        assert wave.dtype == torch.float32 and not wave.requires_grad
+        assert torch.equal(wave, tensor.detach().float())
 
 
 def test_one_hop_is_enough():
     assert len(load_audio(np.zeros(HOP, np.float32))) == 160
-    assert (
-        len(load_audio(io.BytesIO(encoded(np.zeros(478), 48_000)))) == 160
-    )  # 478 / 3 = 159.3, rounded up
+    # 478 / 3 = 159.3, rounded up.
+    assert len(load_audio(io.BytesIO(encoded(np.zeros(478), 48_000)))) == 160
 
 
 def test_a_wav_whose_data_is_cut_short_gives_what_is_there():
@@ -263,9 +183,8 @@ def test_a_wav_whose_data_is_cut_short_gives_what_is_there():
 
 def test_an_mp3_that_is_cut_short_gives_no_more_than_was_decoded():
     data = encoded(noise(160_000), format="MP3")
-    wave = load_audio(
-        io.BytesIO(data[: len(data) // 2])
-    )  # its header still promises 160,000 samples
+    # Its header still promises 160,000 samples.
+    wave = load_audio(io.BytesIO(data[: len(data) // 2]))
     assert 70_000 < len(wave) < 90_000
 
 
@@ -281,16 +200,9 @@ def refusal(source) -> str:
     return sentence
 
 
-@pytest.fixture
-def no_ffmpeg(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
 GARBAGE = np.random.default_rng(1).bytes(5000)
 NOT_SOUND = {
     "empty.wav": b"",
-    "empty.raw": b"",
-    "text.txt": b"This is no sound.\n" * 100,
     "text.wav": b"This is no sound.\n" * 100,
     "header.wav": encoded(np.zeros(1000))[:30],
     "no_samples.flac": encoded(np.zeros(0), format="FLAC"),
@@ -298,74 +210,59 @@ NOT_SOUND = {
 
 
 @pytest.mark.parametrize("name", NOT_SOUND)
-def test_without_ffmpeg_what_soundfile_cannot_read_is_refused_and_ffmpeg_missed(
-    name, tmp_path, no_ffmpeg
-):
+def test_what_is_not_sound_is_refused_with_ffmpeg_and_without(name, tmp_path, monkeypatch):
     path = tmp_path / name
     path.write_bytes(NOT_SOUND[name])
+    assert name in refusal(path)
+    monkeypatch.setenv("PATH", str(tmp_path))
     sentence = refusal(path)
     assert name in sentence and "ffmpeg" in sentence and "PATH" in sentence
+    assert "<" not in sentence  # no address in memory, which would differ from run to run
 
 
 @pytest.mark.parametrize("name, reason", [("missing.wav", "No such file"), ("", "directory")])
 def test_what_is_no_file_is_refused_by_its_name(name, reason, tmp_path):
     sentence = refusal(tmp_path / name)
-    assert (
-        str(tmp_path / name) in sentence
-        and reason in sentence
-        and "expected a sound file" in sentence
-    )
+    assert str(tmp_path / name) in sentence and reason in sentence
+    assert "expected a sound file" in sentence
 
 
-EMPTY, SHORT, NOT_FINITE = ["0 samples", "160"], ["159 samples", "160"], ["NaN", "infini"]
+SHORT = ["159 samples", "160"]
+NOT_FINITE = ["NaN", "infini"]
 
 
 def spoilt(value: float) -> np.ndarray:
     return np.insert(noise(1000), 500, value)
 
 
-@pytest.mark.parametrize(
-    "name, sound, rate, words",
-    [
-        ("no_samples.wav", np.zeros(0), 16_000, EMPTY),
-        ("short.wav", np.zeros(159), 16_000, SHORT),
-        ("short_at_48_khz.wav", np.zeros(477), 48_000, SHORT),  # 159 at 16 kHz
-        ("nan.wav", spoilt(math.nan), 16_000, NOT_FINITE),
-        ("infinity.wav", spoilt(math.inf), 16_000, NOT_FINITE),
-        ("resampled_infinity.wav", spoilt(-math.inf), 44_100, NOT_FINITE),
-    ],
-)
-def test_a_file_with_bad_samples_is_refused(name, sound, rate, words, tmp_path):
-    soundfile.write(tmp_path / name, sound, rate, subtype="FLOAT")
-    sentence = refusal(tmp_path / name)
-    assert name in sentence and all(word in sentence for word in words), sentence
+def test_a_file_with_bad_samples_is_refused_by_its_name(tmp_path):
+    for sound, rate, words in [
+        (np.zeros(477), 48_000, SHORT),  # 159 at 16 kHz
+        (spoilt(-math.inf), 44_100, NOT_FINITE),
+    ]:
+        soundfile.write(tmp_path / "clip.wav", sound, rate, subtype="FLOAT")
+        sentence = refusal(tmp_path / "clip.wav")
+        assert all(word in sentence for word in ["clip.wav", *words]), sentence
 
 
-INTEGERS, TWO_DIMENSIONS, NO_DIMENSION = (
-    ["int16", "float"],
-    ["[2, 1000]", "[samples]"],
-    ["[]", "[samples]"],
-)
-
-
-@pytest.mark.parametrize("make", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
 @pytest.mark.parametrize(
     "array, words",
     [
-        (np.zeros(1000, np.int16), INTEGERS),
-        (np.zeros((2, 1000), np.float32), TWO_DIMENSIONS),
-        (np.float32(0), NO_DIMENSION),
-        (np.zeros(0, np.float32), EMPTY),
+        (np.zeros(1000, np.int16), ["int16", "float"]),
+        (np.zeros((2, 1000), np.float32), ["[2, 1000]", "[samples]"]),
+        (np.float32(0), ["[]", "[samples]"]),
+        (np.zeros(0, np.float32), ["0 samples", "160"]),
         (np.zeros(159, np.float32), SHORT),
         (spoilt(math.nan), NOT_FINITE),
         (spoilt(math.inf), NOT_FINITE),
         (np.full(1000, 1e39), NOT_FINITE),  # finite in float64 alone
     ],
 )
-def test_a_bad_array_is_refused(array, words, make):
-    sentence = refusal(make(array))
-    assert all(word in sentence for word in words), sentence
-    assert not sentence.startswith("None"), sentence  # a tensor has a name, and it is None
+def test_a_bad_array_is_refused(array, words):
+    for source in (np.asarray(array), torch.as_tensor(array)):
+        sentence = refusal(source)
+        assert all(word in sentence for word in words), sentence
+        assert not sentence.startswith("None"), sentence  # a tensor has a name, and it is None
 
 
 # ---- ffmpeg ----
@@ -389,14 +286,15 @@ FORMATS = {
     "opus.webm": ["-c:a", "opus", "-strict", "experimental"],
     "vorbis.mka": ["-c:a", "vorbis", "-strict", "experimental", "-ac", "2"],
     "film.mp4": [*PICTURE, *AAC],
-    "film.mkv": [*PICTURE, *AAC],
-    "stream.aac": AAC,
     "windows.wma": [],
 }
 
 
 def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest correlation of two sounds over all shifts up to 0.2 s: decoders keep or drop an encoder's delay."""
+    """The largest correlation of two sounds over all shifts up to 0.2 s.
+
+    Decoders keep or drop an encoder's delay.
+    """
     n = min(len(wave), len(other))
     a, b = (torch.fft.rfft(sound, 2 * n) for sound in (wave[:n], other[:n]))
     products = torch.fft.irfft(a * b.conj(), 2 * n)
@@ -407,10 +305,10 @@ def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
 @needs_ffmpeg
 @pytest.mark.parametrize("name", FORMATS)
 def test_ffmpeg_reads_the_whole_sound(name, tmp_path):
-    wave, original = load_audio(make(tmp_path / name, *FORMATS[name])), load_audio(JFK)
-    assert (
-        abs(len(wave) - len(original)) <= 2048
-    )  # a codec's frame of at most 1024 samples at either end
+    wave = load_audio(make(tmp_path / name, *FORMATS[name]))
+    original = load_audio(JFK)
+    # A codec's frame has at most 1024 samples, at either end.
+    assert abs(len(wave) - len(original)) <= 2048
     assert likeness(wave, original) > 0.98
 
 
@@ -425,40 +323,27 @@ def test_ffmpeg_averages_channels_and_resamples(tmp_path):
     wave = load_audio(make(tmp_path / "left.m4a", "-af", left_only, "-c:a", "alac"))
     assert abs(len(wave) - len(load_audio(JFK))) <= 1
     expected = load_audio(JFK)[:-10] / 2
-    assert (
-        float((wave[: len(expected)] - expected).norm() / expected.norm()) < 0.02
-    )  # two resamplers' ways at 8 kHz
+    # At 8 kHz two resamplers differ.
+    assert float((wave[: len(expected)] - expected).norm() / expected.norm()) < 0.02
 
 
 NAMES = ["with spaces.m4a", "http:colon.m4a", "concat:a|b.m4a", "-i.m4a", "50%d.m4a", "ünï日本.m4a"]
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("name", NAMES)
-def test_ffmpeg_reads_a_file_whatever_its_name(name, tmp_path, monkeypatch):
+def test_ffmpeg_reads_a_file_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make(tmp_path / "plain.m4a", *AAC).rename(name)
-    assert len(load_audio(name)) >= len(load_audio(JFK))
-
-
-@needs_ffmpeg
-def test_ffmpeg_reads_what_comes_through_a_pipe(tmp_path):
-    path = make(tmp_path / "lossless.m4a", "-c:a", "alac")
-    assert torch.equal(through_a_pipe(path.read_bytes()), load_audio(JFK))
+    plain = make(tmp_path / "plain.m4a", *AAC)
+    expected = load_audio(plain)
+    for name in NAMES:
+        plain = plain.rename(name)
+        assert torch.equal(load_audio(name), expected), name
 
 
 @needs_ffmpeg
 def test_a_film_without_sound_is_refused(tmp_path):
     path = make(tmp_path / "silent.mp4", *PICTURE, "-map", "1:v")
     assert "silent.mp4" in refusal(path)
-
-
-@needs_ffmpeg
-@pytest.mark.parametrize("name", NOT_SOUND)
-def test_with_ffmpeg_what_is_not_sound_is_refused(name, tmp_path):
-    path = tmp_path / name
-    path.write_bytes(NOT_SOUND[name])
-    assert name in refusal(path)
 
 
 PLAYLISTS = {
@@ -468,14 +353,14 @@ PLAYLISTS = {
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("name", ["list.m3u8", "list.m4a"])
-@pytest.mark.parametrize("other", ["other.ts", "{folder}/other.ts", "file:{folder}/other.ts"])
 @pytest.mark.parametrize("kind", PLAYLISTS)
-def test_a_playlist_that_names_another_file_is_refused(kind, other, name, tmp_path, monkeypatch):
+def test_a_playlist_that_names_another_file_is_refused(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "other.ts", *AAC)
-    Path(name).write_text(PLAYLISTS[kind].format(other.format(folder=tmp_path)))
-    assert name in refusal(name)
+    for other in ("other.ts", f"{tmp_path}/other.ts", f"file:{tmp_path}/other.ts"):
+        for name in ("list.m3u8", "list.m4a"):
+            Path(name).write_text(PLAYLISTS[kind].format(other))
+            assert name in refusal(name)
 
 
 # ---- log-mel ----
@@ -485,30 +370,35 @@ def test_a_playlist_that_names_another_file_is_refused(kind, other, name, tmp_pa
     "samples, frames", [(160, 1), (319, 1), (320, 2), (16_000, 100), (175_999, 1099)]
 )
 def test_a_log_mel_has_a_frame_for_every_whole_hop_and_is_bfloat16_made_of_float32(samples, frames):
-    mel, spectrum = log_mel(torch.from_numpy(noise(samples))), mel_spectrum(noise(samples))
+    mel = log_mel(torch.from_numpy(noise(samples)))
+    spectrum = mel_spectrum(noise(samples))
     assert mel.shape == spectrum.shape == (128, frames)
     assert mel.dtype == torch.bfloat16 and spectrum.dtype == np.float32
 
 
-def test_the_log_mel_is_a_fourier_transform_written_out():
-    wave = noise(1600).astype(np.float64)
-    padded = np.concatenate([wave[200:0:-1], wave, wave[-2:-202:-1]])
-    n, k = np.arange(400), np.arange(201)
+@pytest.mark.parametrize("samples", [1600, 170])
+def test_the_log_mel_is_a_fourier_transform_written_out(samples):
+    wave = noise(samples).astype(np.float64)
+    # Reflected at both ends without repeating the end itself, again and again if it is short.
+    there_and_back = np.concatenate([wave, wave[-2:0:-1]])
+    padded = there_and_back[np.arange(-200, samples + 200) % len(there_and_back)]
+    n = np.arange(400)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * n / 400)
-    angles = 2 * np.pi * np.outer(k, n) / 400
-    expected = np.empty((128, 10))
-    for i in range(10):
+    angles = 2 * np.pi * np.outer(np.arange(201), n) / 400
+    expected = np.empty((128, samples // 160))
+    for i in range(samples // 160):
         frame = padded[160 * i : 160 * i + 400] * window
         power = (np.cos(angles) @ frame) ** 2 + (np.sin(angles) @ frame) ** 2
         expected[:, i] = np.log10(mel_filters() @ power)
     expected = np.maximum(expected, expected.max() - 8) / 4 + 1
-    np.testing.assert_allclose(
-        mel_spectrum(wave.astype(np.float32)), expected, rtol=0, atol=1e-6
-    )  # complex64, float32
+    # The spectrum is rounded to complex64, and the result to float32.
+    got = mel_spectrum(wave.astype(np.float32))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
 
 
-# 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel apart: below 1000 Hz
-# (15 mel), where a mel is 66.667 Hz, by 23.383 Hz, above it by the factor 6.4 ** (0.350741 / 27). Bins are 40 Hz apart.
+# 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel
+# apart: below 1000 Hz (15 mel), where a mel is 66.667 Hz, by 23.383 Hz, above it by the factor
+# 6.4 ** (0.350741 / 27). Bins are 40 Hz apart.
 @pytest.mark.parametrize(
     "filter, bin, value",
     [
@@ -517,38 +407,17 @@ def test_the_log_mel_is_a_fourier_transform_written_out():
         (1, 1, (40 - 23.382728) / 23.382728 * 2 / 46.765456),  # rising from 23.38 to 46.77 Hz
         (2, 1, 0.0),  # from 46.77 Hz on
         (127, 200, 0.0),  # 8000 Hz, where it ends
-        (
-            127,
-            198,
-            (8000 - 7920) / 190.605 * 2 / 376.669,
-        ),  # falling from 7809.395 to 8000 Hz, from 7623.331 on
+        # Falling from 7809.395 to 8000 Hz, begun at 7623.331 Hz.
+        (127, 198, (8000 - 7920) / 190.605 * 2 / 376.669),
     ],
 )
 def test_a_mel_filter_has_the_value_that_slaneys_scale_gives(filter, bin, value):
     assert mel_filters()[filter, bin] == pytest.approx(value, rel=1e-5)
 
 
-def test_silence_is_the_logarithm_of_the_floor():
-    assert (mel_spectrum(np.zeros(1600, np.float32)) == -1.5).all()  # (log10(1e-10) + 4) / 4
-
-
 def test_nothing_is_more_than_80_decibels_below_the_clips_loudest_value():
     mel = mel_spectrum(np.concatenate([noise(8000), np.zeros(8000, np.float32)]))
-    assert (
-        mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)
-    )  # 80 dB is 8 in log10, and a quarter of it 2
-
-
-def test_a_clip_40_decibels_louder_is_higher_by_1_everywhere():
-    wave = np.concatenate([noise(8000), np.zeros(8000, np.float32)])
-    shift = mel_spectrum(100 * wave) - mel_spectrum(
-        wave
-    )  # of the silence too: the maximum is the clip's own
-    np.testing.assert_allclose(
-        shift, 1, rtol=0, atol=1e-5
-    )  # 100 x wave is rounded too: 1e-7, and more of what cancels
-
-
-def test_a_clip_under_201_samples_is_reflected_again_and_again():
-    there_and_back = [0, 1, 2, 1] * 101  # of 0, 1, 2, whose first sample is at 200, a multiple of 4
-    assert pad_edges(np.arange(3.0)).tolist() == there_and_back[:403]
+    # 80 dB are 8 in log10, and a quarter of it 2.
+    assert mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)
+    # Silence is (log10(1e-10) + 4) / 4.
+    assert (mel_spectrum(np.zeros(1600, np.float32)) == -1.5).all()

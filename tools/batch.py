@@ -1,233 +1,308 @@
-"""Answers about many clips: python tools/batch.py --manifest in.jsonl --out out.jsonl [--model FOLDER] [--batch N].
+"""Answers questions about many clips, several at a time.
 
-A line of the manifest is {"audio": path or list of paths, "prompt": text, "id": string or whole number}. Paths are
-relative to the manifest. Without audio the prompt is text alone; without a prompt it is "Describe this audio."; without
-an id it is the line's number, from 1. Other keys are left alone. The answers are lines {"id", "text"} in the manifest's
-order, or {"id", "error"} where a clip can't be read, is too long, or by itself takes too much memory. What --out holds
-already is kept, so that the same command goes on where a run has ended; a killed one loses the batch in hand. Line n
-draws with --seed + n: its answer depends neither on its batch, nor on where a run began, nor on the number of
-processes; but a product of several rows is rounded otherwise than that of one, which in bfloat16 may change an id.
+    python tools/batch.py --manifest in.jsonl --out out.jsonl --model FOLDER --greedy
 
-`torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, on a GPU each if there are any, on one machine
-or on several that share the folder of --out. Each writes a part beside it, out.jsonl.part-0, -1, ...; the first merges
-them when all have ended, and those that a killed run has left before any begins."""
+A line of the manifest is {"audio": a path or a list of paths, "prompt": text, "id": a string or a
+whole number}; each key may be left out. Paths are relative to the manifest, the prompt is "Describe
+this audio." if there is none, and the id is the line's number, from 1. The answers are lines {"id",
+"text"} in the manifest's order, or {"id", "error"} for a clip that can't be read, is too long, or
+takes too much memory by itself. Answers that --out holds are kept: the same command continues a run
+that was killed, which loses its last batch. Line n draws with seed + n, whatever its batch. (In
+bfloat16 a batch may change an id: a product of several rows is rounded differently from one's.)
 
-import argparse, datetime, json, os, sys, time, warnings
-from collections import namedtuple
+`torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
+are any, on one machine or on several that share the folder of --out. Each process writes a part,
+out.jsonl.part-0; the first process merges them at the end, or when the command is run again."""
+
+import argparse
+import datetime
+import glob
+import json
+import os
+import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import moss_min
+from common import Progress, each_line, read_json_lines, say
 from encoder import require
-from evaluate import each_line, read_json_lines
-from moss_min import MossAudio, add_options, generation_options, out_of_memory
-from sample import Sampling
+from lora import add_lora_option, lora_change
+from moss_min import MossAudio, Prompt, Step
+from sample import Picker, Sampling
 
-Line = namedtuple("Line", "number prompt clips")  # of the manifest, from 1; a string; paths
+Id = str | int
+
+# ---- several prompts at a time ----
+
+
+@dataclass
+class Row:
+    """A prompt of a batch, and its answer so far."""
+
+    index: int
+    picker: Picker
+    prompt_tokens: int
+    ids: list[int]
+
+
+@torch.no_grad()
+def generate_rows(
+    model: MossAudio, prompts: list[Prompt], samplings: list[Sampling], cuda_graph=True, report=None
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields (index of a prompt, ids of its answer) as each answer ends."""
+    device = model.lm_head.weight.device
+    # The last id of an answer is not stepped.
+    places = [len(prompt.ids) + s.max_new_tokens - 1 for prompt, s in zip(prompts, samplings)]
+    cache = model.new_cache(len(prompts), max(places, default=0))
+    rows = []
+    logits = []  # float32 [1, V] each
+    for i, (prompt, sampling) in enumerate(zip(prompts, samplings)):
+        N = len(prompt.ids)
+        # Each prompt is run by itself, so that its numbers don't depend on the other rows.
+        own_cache = model.new_cache(1, N)
+        logits.append(model.prefill(prompt, own_cache, report))
+        for layer in range(len(cache.keys)):
+            cache.keys[layer][i, :, :N] = own_cache.keys[layer][0, :, :N]  # [G, N, hd]
+            cache.values[layer][i, :, :N] = own_cache.values[layer][0, :, :N]
+        del own_cache
+        picker = Picker(sampling, model.tokenizer, prompt.ids.tolist(), device)
+        rows.append(Row(i, picker, N, []))
+    step = None
+    while rows:
+        going_on = []
+        for i, row in enumerate(rows):
+            row.ids.append(row.picker.next(logits[i]))
+            full = len(row.ids) == row.picker.sampling.max_new_tokens
+            if full or row.ids[-1] in model.config.stop_ids:
+                yield row.index, row.ids
+            else:
+                going_on.append(i)
+        if not going_on:
+            return
+        if len(going_on) < len(rows):
+            rows = [rows[i] for i in going_on]
+            step = None  # it was for all rows
+            # Layer by layer: no second copy of the whole cache is made.
+            for layer in range(len(cache.keys)):
+                cache.keys[layer] = cache.keys[layer][going_on]  # [B, G, capacity, hd]
+                cache.values[layer] = cache.values[layer][going_on]
+        if step is None:
+            positions = [row.prompt_tokens + len(row.ids) - 1 for row in rows]
+            step = Step(model, cache, positions, cuda_graph)
+        logits = step(*[row.ids[-1] for row in rows]).split(1)  # [1, V] each
+
+
+def generate_batch(
+    model: MossAudio,
+    prompts: list[Prompt],
+    max_new_tokens=1024,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=50,
+    seed=None,
+    thinking_budget=None,
+    cuda_graph=True,
+    report=None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Generates for several prompts together: yields (index of a prompt, its ids) as each answer
+    ends. Prompt i draws with seed + i; the arguments are those of MossAudio.generate. Raises
+    ValueError at the call."""
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
+    samplings = [model.fit(prompt, shift_seed(sampling, i)) for i, prompt in enumerate(prompts)]
+    return generate_rows(model, prompts, samplings, cuda_graph, report)
+
+
+def shift_seed(sampling: Sampling, by: int) -> Sampling:
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + by)
+
 
 # ---- files ----
 
 
-def read_manifest(path: Path) -> dict[str | int, Line]:
-    """The manifest's lines by their ids. Raises ValueError that names the bad ones, an id given twice, too."""
+class Line(NamedTuple):
+    """A line of the manifest."""
 
-    def read(data: dict) -> tuple:
-        require(
-            type(data) is dict,
-            'expected a JSON object like {"audio": "clip.wav", "prompt": "...", "id": "a"}',
-        )
-        audio, prompt, given = (
-            data.get(key) for key in ("audio", "prompt", "id")
-        )  # null is as if it were not there
-        clips = [audio] if type(audio) is str else [] if audio is None else audio
-        good = type(clips) is list and all(type(clip) is str for clip in clips)
-        require(good, f"audio is {audio!r:.60}; expected a path or a list of paths")
-        require(
-            prompt is None or type(prompt) is str, f"prompt is {prompt!r:.60}; expected a string"
-        )
-        require(
-            given is None or type(given) in (str, int),
-            f"id is {given!r:.60}; expected a string or whole number",
-        )
-        require(clips or prompt is not None, "expected audio, a prompt or both")
-        return (
-            given,
-            "Describe this audio." if prompt is None else prompt,
-            [path.parent / clip for clip in clips],
-        )
+    number: int  # from 1
+    prompt: str
+    clips: list[Path]
 
+
+def read_line(value: Any, folder: Path) -> tuple[Id | None, str, list[Path]]:
+    """Reads a manifest line's JSON value: its id (None: without), prompt and clips."""
+    require(type(value) is dict, 'expected a JSON object like {"audio": "clip.wav", "id": "a"}')
+    name = value.get("id")
+    prompt = value.get("prompt")
+    audio = value.get("audio")
+    clips = [audio] if type(audio) is str else audio
+    good = clips is None or type(clips) is list and all(type(clip) is str for clip in clips)
+    require(good, f"audio is {audio!r:.60}; expected a path or a list of paths")
+    good = prompt is None or type(prompt) is str
+    require(good, f"prompt is {prompt!r:.60}; expected a string")
+    good = name is None or type(name) in (str, int)
+    require(good, f"id is {name!r:.60}; expected a string or whole number")
+    require(clips or prompt is not None, "expected audio, a prompt or both")
+    prompt = "Describe this audio." if prompt is None else prompt
+    return name, prompt, [folder / clip for clip in clips or []]
+
+
+def read_manifest(path: Path) -> dict[Id, Line]:
+    """Reads the lines, by id. Raises ValueError that names the bad ones, an id given twice too."""
     lines = {}
-    for number, (given, prompt, clips) in each_line(path, read_json_lines(path), read).items():
-        name = number if given is None else given
-        require(
-            name not in lines,
-            f"{path}: line {number}: id {name!r:.60} is given twice; expected one line for each",
-        )
+    values = each_line(path, read_json_lines(path), lambda value: read_line(value, path.parent))
+    for number, (name, prompt, clips) in values.items():
+        name = number if name is None else name
+        require(name not in lines, f"{path}: line {number}: id {name!r:.60} is given twice")
         lines[name] = Line(number, prompt, clips)
     require(len(lines) > 0, f"{path}: no lines; expected at least one")
     return lines
 
 
-def read_answers(
-    path: Path, lines: dict[str | int, Line]
-) -> Iterator[tuple[str | int, bytes, bool]]:
-    """(id, the line as it stands, whether it is an error) of an answers file, without half a line at the end. Raises
-    ValueError for other lines that are no answers to the manifest's."""
+def read_answers(path: Path, lines: dict[Id, Line]) -> Iterator[tuple[Id, bytes, bool]]:
+    """Yields (id, the line as it stands, whether it is an error) for each answer in a file. Raises
+    ValueError for anything else but the half of a line that a killed run has left at the end."""
     texts = path.read_bytes().split(b"\n")
     for number, text in enumerate(texts, 1):
         try:
-            answer = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
-            answer = None
-        if not text.strip() or answer is None and number == len(texts) and text.startswith(b"{"):
-            continue  # a run was killed as it wrote
-        good = type(answer) is dict and ("text" in answer) != ("error" in answer)
-        require(
-            good,
-            f'{path}: line {number} is no {{"id", "text"}} or {{"id", "error"}}; expected answers alone',
-        )
-        name = answer.get("id")
+            value = None
+        half = value is None and number == len(texts) and text.startswith(b"{")
+        if half or not text.strip():
+            continue
+        good = type(value) is dict and ("text" in value) != ("error" in value)
+        require(good, f'{path}: line {number} is no {{"id", "text"}} or {{"id", "error"}}')
+        name = value.get("id")
         known = type(name) in (str, int) and name in lines
-        require(
-            known,
-            f"{path}: line {number}: id {name!r:.60} is not in the manifest; expected another --out",
-        )
-        yield name, text, "error" in answer
+        require(known, f"{path}: line {number}: id {name!r:.60} is not in the manifest")
+        yield name, text, "error" in value
 
 
-def merge(
-    out: Path, lines: dict[str | int, Line], drop_errors: bool = False
-) -> dict[str | int, bool]:
-    """Brings the answers of out and its parts into out, in the manifest's order, each as it stands, and removes the
+def merge(out: Path, lines: dict[Id, Line], drop_errors: bool = False) -> dict[Id, bool]:
+    """Brings the answers of out and its parts into out, in the manifest's order, and removes the
     parts. Of two answers to a line the first counts. Returns whether it is an error, by id."""
-    parts = sorted(
-        file for file in out.parent.iterdir() if file.name.startswith(out.name + ".part-")
-    )
-    found = {}
+    parts = sorted(out.parent.glob(glob.escape(out.name) + ".part-*"))
+    texts = {}
+    failures = {}
     for file in [out, *parts] if out.exists() else parts:
         for name, text, failed in read_answers(file, lines):
-            if not (failed and drop_errors):
-                found.setdefault(name, (text, failed))
-    data = b"".join(found[name][0] + b"\n" for name in lines if name in found)
+            if name not in texts and not (failed and drop_errors):
+                texts[name] = text
+                failures[name] = failed
+    data = b"".join(texts[name] + b"\n" for name in lines if name in texts)
     if not out.exists() or out.read_bytes() != data:
         new = out.with_name(out.name + ".new")
         new.write_bytes(data)
         os.replace(new, out)
     for part in parts:
         part.unlink()
-    return {name: failed for name, (_, failed) in found.items()}
+    return failures
 
 
 # ---- answers ----
 
 
-def answer(
-    model: MossAudio, lines: dict[str | int, Line], time_markers: bool | None, options: dict
-) -> list[dict]:
-    """An {"id", "text"} or {"id", "error"} for each line, in their order; generated together."""
-    answers, prompts, seed = dict.fromkeys(lines), {}, options["seed"]
+def answer_batch(model: MossAudio, lines: dict[Id, Line], args, report) -> list[dict]:
+    """Returns {"id", "text"} or {"id", "error"} for each line, in their order."""
+    answers = dict.fromkeys(lines)
+    names = []
+    prompts = []
+    samplings = []
     for name, line in lines.items():
         try:
-            prompt = model.prompt(line.prompt, line.clips, time_markers)
-            model.generate(
-                prompt, **options
-            )  # an iterator: runs nothing, but wants a position to generate at
-            prompts[name] = prompt
+            prompt = model.prompt(line.prompt, line.clips, args.time_markers)
+            samplings.append(model.fit(prompt, shift_seed(args.sampling, line.number)))
+            prompts.append(prompt)
+            names.append(name)
         except (ValueError, OSError) as error:
             answers[name] = {"id": name, "error": str(error)}
-    if prompts:
-        names = [*prompts]
-        seeds = None if seed is None else [seed + lines[name].number for name in names]
-        try:
-            for i, ids in model.generate_batch([*prompts.values()], **options | {"seed": seeds}):
-                answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
-        except Exception as error:
-            if not out_of_memory(error) or len(prompts) > 1:  # by itself each may have room
-                raise
-            answers[names[0]] = {"id": names[0], "error": str(error)}
-    return [*answers.values()]
+    try:
+        for i, ids in generate_rows(model, prompts, samplings, args.cuda_graph, report):
+            answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
+    except Exception as error:
+        if not moss_min.out_of_memory(error):
+            raise
+        # By itself a line may have room.
+        require(len(names) == 1, f"a smaller --batch takes less: {error}")
+        answers[names[0]] = {"id": names[0], "error": str(error)}
+    return list(answers.values())
 
 
-def answer_all(
-    model: MossAudio, lines: dict[str | int, Line], path: Path, args: argparse.Namespace, report
-) -> None:
-    """Answers lines, batch by batch, and appends each batch to a file; report gets a line on how it goes."""
-    options = generation_options(args) | {"report": report}
-    names, start = [*lines], time.monotonic()
-    shown = start
+def answer_all(model: MossAudio, lines: dict[Id, Line], path: Path, args, rank: int) -> None:
+    """Answers lines, batch by batch, and appends each batch to a file."""
+    progress = Progress("answered", len(lines))
+    names = list(lines)
+    done = 0
     with open(path, "ab") as file:
-        for i in range(0, len(names), args.batch):
-            batch = {name: lines[name] for name in names[i : i + args.batch]}
-            for said in answer(model, batch, args.time_markers, options):
-                text = json.dumps(said, ensure_ascii=False) + "\n"
-                file.write(
-                    text.encode(errors="backslashreplace")
-                )  # a lone surrogate is \ud800 in JSON, too
+        while done < len(names):
+            batch = {name: lines[name] for name in names[done : done + args.batch]}
+            for answer in answer_batch(model, batch, args, say if rank == 0 else None):
+                text = json.dumps(answer, ensure_ascii=False) + "\n"
+                # Half of a surrogate pair, in an id, becomes \ud800, as JSON writes it, too.
+                file.write(text.encode(errors="backslashreplace"))
             file.flush()
-            done, now = i + len(batch), time.monotonic()
-            if now - shown >= 5 or done == len(lines):
-                rate, shown = done / (now - start), now
-                left = datetime.timedelta(seconds=round((len(lines) - done) / rate))
-                report(f"answered {done} of {len(lines)}, {rate:.2f} a second, {left} left")
+            done += len(batch)
+            if rank == 0:
+                progress.at(done)
 
 
 def own_device(name: str) -> str:
-    """Under torchrun, for auto and cuda, this process's own GPU."""
-    shared = "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available()
-    return f"cuda:{os.environ['LOCAL_RANK']}" if shared else name
+    """Returns, under torchrun, this process's own GPU for auto and cuda."""
+    if "LOCAL_RANK" in os.environ and name in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    report = (
-        (lambda line: print(line, file=sys.stderr, flush=True))
-        if rank == 0
-        else (lambda line: None)
-    )
-    generation_options(args)  # what is wrong with any of these is said before anything is loaded
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+
+    def report(line: str) -> None:
+        if rank == 0:
+            say(line)
+
+    # What is wrong with the options, the last line's seed too, is said before anything is loaded.
+    options = moss_min.sampling_options(args)
+    del options["cuda_graph"]
+    args.sampling = Sampling(**options)
     require(args.batch > 0, f"--batch is {args.batch}; expected a whole number from 1 up")
     lines = read_manifest(args.manifest)
-    if args.seed is not None:
-        Sampling(
-            seed=args.seed + max(line.number for line in lines.values())
-        )  # the last line's is in range, too
-    require(
-        args.out.parent.is_dir(),
-        f"{args.out.parent} is no folder; expected --out in one that is there",
-    )
+    shift_seed(args.sampling, max(line.number for line in lines.values()))
+    folder = args.out.parent
+    require(folder.is_dir(), f"{folder} is no folder; expected --out in one that is there")
     if rank == 0:
         merge(args.out, lines, args.retry_errors)
+    path = args.out
     if world > 1:
-        dist.init_process_group(
-            "gloo", timeout=datetime.timedelta(days=365)
-        )  # the first waits for the slowest
-        dist.barrier()  # of one file, merged, all take different lines
+        path = args.out.with_name(f"{args.out.name}.part-{rank}")
+        # The first process waits for the slowest. All take their lines of one merged file.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=365))
+        dist.barrier()
     kept = {name for name, *_ in read_answers(args.out, lines)}
-    own = [name for name in lines if name not in kept][rank::world]
-    report(
-        f"{args.out}: {len(kept)} of {len(lines)} lines are answered, {len(own)} are for this process"
-    )
+    left = [name for name in lines if name not in kept]
+    own = {name: lines[name] for name in left[rank::world]}
+    said = f"{len(kept)} of {len(lines)} lines are answered, {len(own)} are for this process"
+    report(f"{args.out}: {said}")
     if own:
-        model = MossAudio.from_pretrained(
-            args.model, own_device(args.device), args.dtype, report, args.lora
-        )
-        path = args.out.with_name(f"{args.out.name}.part-{rank}") if world > 1 else args.out
-        answer_all(model, {name: lines[name] for name in own}, path, args, report)
+        change = lora_change(args.lora, args.model)
+        device = own_device(args.device)
+        model = MossAudio.from_pretrained(args.model, device, args.dtype, report, change)
+        answer_all(model, own, path, args, rank)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:
-        failed = merge(args.out, lines).values()
-        report(
-            f"{args.out}: {len(failed)} of {len(lines)} lines are answered, {sum(failed)} with an error"
-        )
-        require(
-            len(failed) == len(lines),
-            f"{args.out}: a part is missing; expected to be run again, alone",
-        )
+        failures = merge(args.out, lines)
+        said = f"{len(failures)} of {len(lines)} lines are answered"
+        report(f"{args.out}: {said}, {sum(failures.values())} with an error")
+        good = len(failures) == len(lines)
+        require(good, f"{args.out}: a part is missing; expected to be run again, alone")
 
 
 # ---- command line ----
@@ -235,47 +310,21 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "batch.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = moss_min.Parser(
+        "batch.py", description=__doc__, allow_abbrev=False, formatter_class=layout
     )
-    parser.error, add = lambda message: require(False, message), parser.add_argument
-    add("--manifest", type=Path, required=True, metavar="FILE", help="JSONL of clips and prompts")
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="JSONL of answers; those in it are kept",
-    )
-    add(
-        "--batch",
-        type=int,
-        default=8,
-        metavar="N",
-        help="lines to be answered together (%(default)s)",
-    )
-    add(
-        "--retry-errors", action="store_true", help="do the lines again that have an error in --out"
-    )
-    add_options(parser)
-    warnings.filterwarnings(
-        "ignore", "max_new_tokens is cut"
-    )  # to what the context leaves: it would come line by line
-    try:
-        run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        short = out_of_memory(error)
-        if not isinstance(error, (ValueError, OSError)) and not short:
-            raise
-        said = "a smaller --batch takes less: " * short + " ".join(str(error).split())
-        print(f"batch: {said:.380}", file=sys.stderr)
-        return 2
-    return 0
+    add = parser.add_argument
+    add("--manifest", type=Path, required=True, metavar="FILE", help="questions, in JSONL")
+    add("--out", type=Path, required=True, metavar="FILE", help="answers; those in it are kept")
+    add("--batch", type=int, default=8, metavar="N", help="lines answered together (%(default)s)")
+    add("--retry-errors", action="store_true", help="answer again the lines that ended in an error")
+    moss_min.add_model_options(parser)
+    add_lora_option(parser)
+    moss_min.add_sampling_options(parser)
+    # max_new_tokens is cut to the positions that the context leaves; not said line by line.
+    warnings.filterwarnings("ignore", "max_new_tokens is cut")
+    return moss_min.end("batch", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

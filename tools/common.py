@@ -1,0 +1,155 @@
+"""What several tools need: whole files, lines of data, random weights, saved states, progress."""
+
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from encoder import require
+from moss_min import MossAudio, load_tokenizer, read_config
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes beside the file and renames: what stands there is always whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata=None) -> None:
+    """Writes a safetensors file, with metadata (a dict of strings), beside the path and renames."""
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)
+    part.touch()
+    # save_file makes a file of its own that nobody else may read: it gets the mode of any new file.
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata or {"format": "pt"})
+    part.chmod(mode)
+    os.replace(part, path)
+
+
+def read_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """Returns (number from 1, value) of the lines that are not empty; None for what is not JSON."""
+    require(path.exists(), f"{path} is not there; expected a JSONL file")
+    values = []
+    # Not splitlines: a JSON string may hold other characters that end a line.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            if line.strip():
+                values.append((number, json.loads(line)))
+        except (ValueError, RecursionError):
+            values.append((number, None))
+    return values
+
+
+def each_line(path: Path, lines: Iterable[tuple[int, Any]], work: Callable) -> dict[int, Any]:
+    """Returns work(value) for each (number, value) of a file's lines, by number. Raises one
+    ValueError that counts the bad lines and names the first three."""
+    done = {}
+    wrong = []
+    for number, value in lines:
+        try:
+            done[number] = work(value)
+        # tokenizers raises TypeError for text that is not Unicode.
+        except (ValueError, TypeError) as error:
+            wrong.append(f"line {number}: {error}")
+    require(not wrong, f"{path}: {len(wrong)} bad lines: {'; '.join(wrong[:3])}")
+    return done
+
+
+class Example(NamedTuple):
+    """A line of upstream's training format."""
+
+    prompt: str
+    clips: list[Path]
+    answer: str
+    question: bool  # "task": "question", ours: its answer is right or wrong
+
+
+def read_example(value: Any, folder: Path) -> Example:
+    """Reads a line's JSON value, its clips' paths relative to the folder. Raises ValueError."""
+    try:
+        turns = [(t["role"], t["message_type"], t["content"]) for t in value["conversation"]]
+    except (KeyError, TypeError):
+        raise ValueError("expected turns of role, message_type and content") from None
+    require(all(isinstance(content, str) for *_, content in turns), "a content that is no string")
+    clips = [folder / content for *kind, content in turns if kind == ["user", "audio"]]
+    prompts = [content for *kind, content in turns if kind == ["user", "text"]]
+    answers = [content for *kind, content in turns if kind == ["assistant", "text"]]
+    known = len(clips) + len(prompts) + len(answers) == len(turns)
+    require(known, "a message that is neither the user's audio or text nor the assistant's text")
+    require(clips, "no audio")
+    require(len(prompts) == 1, f"{len(prompts)} texts of the user's; expected one")
+    require(prompts[0].strip(), "the user's text is empty")
+    require(any(answer.strip() for answer in answers), "no answer")
+    require(len(answers) == 1, f"{len(answers)} answers; expected one")
+    task = value.get("task")
+    require(task in (None, "question"), f"task is {task!r:.60}; expected question, or none")
+    return Example(prompts[0], clips, answers[0], task == "question")
+
+
+def random_model(folder: Path, seed: int, device="cpu", dtype=torch.float32) -> MossAudio:
+    """Returns a model with a checkpoint folder's configuration and tokenizer and random weights, as
+    PyTorch draws them but for the embeddings, N(0, 0.02)."""
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(seed)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = MossAudio(config, tokenizer)
+    finally:
+        torch.set_default_dtype(usual)
+    nn.init.normal_(model.language_model.embed_tokens.weight, std=0.02)
+    return model
+
+
+def save_state(path: Path, tensors: dict[str, torch.Tensor], run: dict) -> None:
+    """Writes what a training goes on from: tensors, and run (options and step) as JSON."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_tensors(kept, path, {"run": json.dumps(run)})
+
+
+def load_state(path: Path, run: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Returns a state's tensors and its run, which may hold more than the given one: the step.
+    Raises ValueError for the state of another run."""
+    with safe_open(path, "pt") as file:
+        saved = json.loads((file.metadata() or {}).get("run", "{}"))
+    other = ", ".join(name for name in run if saved.get(name) != run[name])
+    require(not other, f"{path}: a run with another {other}; expected the same, or another --out")
+    return load_file(path), saved
+
+
+class Progress:
+    """Says on stderr, at most every five seconds and at the end, how far some work is."""
+
+    def __init__(self, what: str, total: int):
+        self.what = what
+        self.total = total
+        self.start = time.monotonic()
+        self.said = self.start
+
+    def at(self, done: int, note: str = "") -> None:
+        """Says how many are done, the note (", ...") and the time left, if it is time to."""
+        now = time.monotonic()
+        if now - self.said < 5 and done < self.total:
+            return
+        self.said = now
+        seconds = (now - self.start) / done * (self.total - done)
+        left = datetime.timedelta(seconds=round(seconds))
+        say(f"{self.what} {done} of {self.total}{note}, {left} left")
