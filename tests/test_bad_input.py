@@ -249,9 +249,7 @@ SPOILT = {
     "of no bytes": lambda shard: b"",
     "cut off in its tensors": lambda shard: shard[:-1],
     "cut off in its header": lambda shard: shard[:100],
-    "cut off in its header's length": lambda shard: shard[:4],
     "with more at its end": lambda shard: shard + b"0",
-    "with a header of garbage": lambda shard: shard[:8] + b"?" * 100 + shard[108:],
     "with a header of exabytes": lambda shard: b"\xff" * 7 + b"\x0f" + shard[8:],
     "a pickle": lambda shard: pickle.dumps({"lm_head.weight": 0}),
 }

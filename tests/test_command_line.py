@@ -53,9 +53,10 @@ def speech(tmp_path) -> Path:
 # ---- the answer ----
 
 
-def test_the_answer_about_44_seconds_of_speech_is_upstreams(speech, said):
+def test_a_dash_reads_a_sound_from_stdin(speech, said, monkeypatch):
     case = golden_case("long")
-    out, _ = said(speech, "--prompt", case.text, "--greedy", "--max-new-tokens", 16)
+    monkeypatch.setattr("sys.stdin", speech.open())
+    out, _ = said("-", "--prompt", case.text, "--greedy", "--max-new-tokens", 16)
     assert out == case.answer + "\n"
 
 
@@ -105,13 +106,16 @@ def test_a_thought_is_ended_when_its_budget_is_spent_and_can_be_hidden(said):
 
 def test_stderr_tells_how_it_goes(speech, said):
     case = golden_case("long")
-    _, err = said(speech, "--prompt", case.text, "--greedy", "--max-new-tokens", 16)
+    out, err = said(speech, "--prompt", case.text, "--greedy", "--max-new-tokens", 16)
+    n = len(case.tensors["input_ids"])
+    assert out == case.answer + "\n"
     assert "speech.wav: 44.00 s" in err
     assert all(f"model-0000{i}-of-00002.safetensors" in err for i in (1, 2))
-    assert "encoding: 32 of 44 s\nencoding: 44 of 44 s\n" in err
-    assert f"{len(case.tensors['input_ids'])} tokens" in err
+    assert f"\nprompt: {n} tokens\nencoding: 32 of 44 s\nencoding: 44 of 44 s\n" in err
+    assert f"\nprompt: 512 of {n} tokens\nprompt: {n} of {n} tokens\n" in err
     assert re.search(r"16 new tokens.*first.* \d+\.\d\d s.* \d+\.\d a second", err)
-    assert 0.1 < float(re.search(r"peak memory\D*(\d+\.\d+) GB", err)[1]) < 50  # torch alone is 0.2
+    # torch alone is 0.2 GB.
+    assert 0.1 < float(re.search(r"peak memory\D*(\d+\.\d+) GB", err)[1]) < 50
 
 
 def test_quiet_says_nothing_beside_the_answer(speech, said):
@@ -199,14 +203,6 @@ def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
 def start(*argv, **options) -> subprocess.Popen:
     command = [sys.executable, moss_min.__file__, *arguments(*argv)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def test_a_dash_reads_a_sound_from_a_pipe(speech):
-    case = golden_case("long")
-    options = "--prompt", case.text, "--greedy", "--max-new-tokens", 16, "--quiet"
-    process = start("-", *options, stdin=subprocess.PIPE)
-    out, err = process.communicate(speech.read_bytes())
-    assert (process.returncode, out.decode(), err) == (0, case.answer + "\n", b"")
 
 
 def test_a_folder_that_is_none_ends_the_process_with_2_and_one_line(tmp_path):

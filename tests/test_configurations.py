@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from moss_min import MossAudio, Prompt, load_tokenizer, read_config
 
 MERGERS = "deepstack_audio_merger_list"
 TAPS = "audio_config.deepstack_encoder_layer_indexes"
+INJECTED = "deepstack_num_inject_layers"
 
 
 def random_checkpoint(folder: Path, dtype=torch.bfloat16, shards=1, **values) -> Path:
@@ -170,6 +172,7 @@ def test_every_weight_loads_as_the_number_in_its_shard_rounded_once(
     assert len(files) == shards and loaded.keys() == numbers.keys()
     assert all(torch.equal(loaded[name], numbers[name].to(DTYPES[dtype])) for name in numbers)
     assert {tensor.dtype for tensor in loaded.values()} == {DTYPES[dtype]}
+    assert not any(tensor.requires_grad for tensor in loaded.values())
 
 
 def test_a_change_is_given_what_is_stored_and_rounded_once(tmp_path):
@@ -192,10 +195,6 @@ def test_a_change_is_given_what_is_stored_and_rounded_once(tmp_path):
     )
 
 
-def test_a_models_weights_require_no_gradient():
-    assert not any(parameter.requires_grad for parameter in golden_model().parameters())
-
-
 def test_dtype_auto_is_that_of_lm_head_but_float32_on_a_cpu(tmp_path):
     folder = random_checkpoint(tmp_path / "checkpoint", shards=2)
     last = folder / "model-00002-of-00002.safetensors"
@@ -205,23 +204,32 @@ def test_dtype_auto_is_that_of_lm_head_but_float32_on_a_cpu(tmp_path):
     assert {tensor.dtype for tensor in model.parameters()} == {expected}
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="MKLDNN tells what a CPU has")
+@pytest.mark.parametrize(
+    "dtype, supported, warned",
+    [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)],
+)
+def test_bfloat16_without_instructions_for_it_is_warned_of(dtype, supported, warned, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MossAudio.from_pretrained(GOLDEN / "checkpoint", "cpu", dtype)
+    assert ["float32" in str(warning.message) for warning in caught] == [True] * warned
+
+
 # ---- what a folder may lack ----
 
 
 @pytest.mark.parametrize(
     "key, default, another",
-    [
-        ("audio_config.n_window", 200, 100),
-        ("audio_config.conv_chunksize", 64, 3),
-        ("deepstack_num_inject_layers", 3, 2),
-    ],
+    [("audio_config.n_window", 200, 100), ("audio_config.conv_chunksize", 64, 3), (INJECTED, 3, 2)],
 )
 def test_a_key_that_early_releases_lack_has_its_default(key, default, another, checkpoint):
-    def config_with(value):
+    configs = []
+    for value in (..., default, another):
         edit_json(checkpoint / "config.json", **{key: value})
-        return read_config(checkpoint)
-
-    assert config_with(...) == config_with(default) != config_with(another)
+        configs.append(read_config(checkpoint))
+    assert configs[0] == configs[1] != configs[2]
 
 
 def test_without_processor_config_the_audio_ids_are_the_released_ones(checkpoint):

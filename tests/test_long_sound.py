@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import golden_case, golden_model, needs_proc, numbers_from
+from conftest import golden_model, needs_proc, numbers_from
 from encoder import SAMPLE_RATE, AudioEncoder, mel_spectrum
 from moss_min import MossAudio
 
@@ -82,7 +82,7 @@ from test_long_sound import wide_model
 
 model = wide_model()
 with torch.inference_mode():
-    for tokens in (1000, 8000):
+    for tokens in (500, 4000):
         model.prefill(Prompt(torch.arange(tokens) % 63, []), model.new_cache(1, tokens))
         print(high_water())
 """
@@ -99,8 +99,8 @@ def test_a_longer_clip_takes_hardly_more_memory_to_encode():
 @needs_proc
 def test_a_longer_prompt_takes_hardly_more_memory_to_prefill():
     short, long = numbers_from(PREFILL)
-    # The last slice's mask and what makes it are 90 MB; in one piece it would take 690 more.
-    assert long - short < 250e6
+    # The last slice's mask and what makes it are 30 MB; in one piece it would take 400 more.
+    assert long - short < 150e6
 
 
 def test_encoding_reports_how_many_seconds_are_done():
@@ -108,17 +108,3 @@ def test_encoding_reports_how_many_seconds_are_done():
     # 42 s and 28 s: chunk 11 is 2 s.
     small_encoder()([mel_of(10 * CHUNK + 200), mel_of(7 * CHUNK)], lines.append)
     assert lines == ["encoding: 32 of 70 s", "encoding: 62 of 70 s", "encoding: 70 of 70 s"]
-
-
-def test_a_generation_reports_the_encoding_before_the_prompt(monkeypatch):
-    monkeypatch.setattr("moss_min.SLICE", 400)
-    model = golden_model()
-    case = golden_case("long")
-    prompt = model.prompt(case.text, case.clips)
-    n = len(prompt.ids)
-    assert 400 < n <= 800
-    lines = []
-    next(model.generate(prompt, 1, report=lines.append))
-    # 44 s are 11 chunks, the last 3 a batch of their own.
-    encoding = ["encoding: 32 of 44 s", "encoding: 44 of 44 s"]
-    assert lines == [*encoding, f"prompt: 400 of {n} tokens", f"prompt: {n} of {n} tokens"]

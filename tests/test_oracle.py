@@ -154,7 +154,6 @@ def decoder_config(hidden, mlp, layers, heads, groups, head_dim, **values) -> Qw
 
 
 DECODERS = {
-    "a key head to each head": decoder_config(64, 128, 2, heads=4, groups=4, head_dim=16),
     "a key head to two": decoder_config(64, 96, 3, heads=4, groups=2, head_dim=24),
     "a key head to four": decoder_config(
         48, 160, 2, heads=8, groups=2, head_dim=32, rope_theta=1e4, rms_norm_eps=1e-5

@@ -286,15 +286,11 @@ FORMATS = {
     "opus.webm": ["-c:a", "opus", "-strict", "experimental"],
     "vorbis.mka": ["-c:a", "vorbis", "-strict", "experimental", "-ac", "2"],
     "film.mp4": [*PICTURE, *AAC],
-    "windows.wma": [],
 }
 
 
 def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest correlation of two sounds over all shifts up to 0.2 s.
-
-    Decoders keep or drop an encoder's delay.
-    """
+    """The largest correlation of two sounds over shifts up to 0.2 s, which decoders may make."""
     n = min(len(wave), len(other))
     a, b = (torch.fft.rfft(sound, 2 * n) for sound in (wave[:n], other[:n]))
     products = torch.fft.irfft(a * b.conj(), 2 * n)

@@ -54,6 +54,7 @@ def test_a_shipped_sound_gives_the_ids_that_ship_with_it(shipped):
     assert (first - second).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_it_says_of_the_shipped_sounds_is_right(capsys):
     assert evaluate.main(["--data", str(TINY / "sounds.jsonl"), "--device", "cpu", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["prompts"]
