@@ -40,6 +40,7 @@ def load_audio(source) -> Tensor:
     """Returns a sound as float32 [samples], 16 kHz, mono. source: a path, an open binary file, or a
     float array [samples] at 16 kHz. Raises ValueError for what is no sound, holds NaN or infinity,
     or is shorter than one hop of 10 ms."""
+    require(source is not None, "no sound, but None; expected a sound file or an array")
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else getattr(source, "name", None) or "sound"
     try:
@@ -64,6 +65,7 @@ def load_audio(source) -> Tensor:
 def decode(data: bytes, name: str) -> tuple[Tensor, int]:
     """Returns a sound file's samples, float32 [samples], averaged over its channels, and its rate.
     What soundfile can't read (m4a, mp4, webm, ...), ffmpeg does where there is one."""
+    require(len(data) > 0, f"{name}: an empty file; expected a sound")
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
@@ -75,6 +77,8 @@ def decode(data: bytes, name: str) -> tuple[Tensor, int]:
             Path(folder, "sound").write_bytes(data)
             run = subprocess.run(FFMPEG.split(), cwd=folder, capture_output=True)
         said = run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"]
+        silent = "matches no streams" in run.stderr.decode(errors="replace")
+        require(not silent, f"{name}: there is no sound in it; expected a file with some")
         good = run.returncode == 0 and len(run.stdout) > 0
         require(good, f"{name}: soundfile and ffmpeg can't read it as a sound: {said[-1]}")
         samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)

@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("moss_min: expected Python 3.10 or newer")
 if __name__ == "__main__":
     # Ctrl-C is quiet during the imports, too, which take seconds.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import difflib
 import functools
 import json
 import re
@@ -181,7 +184,9 @@ def map_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
             with safe_open(path, "pt") as file:
                 shards[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path}: {error}; expected a whole safetensors file") from error
+            pointer = path.is_file() and path.read_bytes()[:8] == b"version "
+            said = "a Git-LFS pointer, not the file itself (git lfs pull)" if pointer else error
+            raise ValueError(f"{path}: {said}; expected a whole safetensors file") from error
         # Some re-exports have a table that is derived, not learned.
         shards[name].pop("audio_encoder.embed_positions.inv_timescales", None)
         for key, tensor in shards[name].items():
@@ -236,7 +241,11 @@ class MossAudio(nn.Module):
         file. change takes a tensor's name and the tensor as it is stored to the one to be loaded in
         its place. Raises ValueError."""
         folder = Path(folder)
+        download = f"download it first: hf download {folder} --local-dir {folder.name}"
+        hint = download if len(folder.parts) == 2 else "expected a checkpoint's"
+        require(folder.is_dir(), f"{folder} is no folder; {hint}")
         device = pick_device(device)
+        dtype = str(dtype).removeprefix("torch.")
         kinds = ["auto", *DTYPES]
         require(dtype in kinds, f"dtype is {dtype!r}; expected {', '.join(kinds)}")
         config = read_config(folder)
@@ -256,10 +265,10 @@ class MossAudio(nn.Module):
         kind = DTYPES.get(dtype, stored["lm_head.weight"].dtype)
         if dtype == "auto" and device.type == "cpu":
             kind = torch.float32
-        slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if slow and kind == torch.bfloat16:
-            said = "this CPU has no bfloat16 instructions: float32 is many times faster"
-            warnings.warn(said, stacklevel=2)
+        on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if report and kind == torch.bfloat16 and on_cpu:
+            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                report("this CPU has no bfloat16 instructions: float32 is many times faster")
         if device.type == "cuda" and kind == torch.float32:
             # TF32 keeps ten bits of a factor: that is not float32.
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -368,20 +377,22 @@ class MossAudio(nn.Module):
         return self.lm_head(self.decode(ids, positions, cache, in_use)[:, -1]).float()
 
     def fit(self, prompt: Prompt, sampling: Sampling) -> Sampling:
-        """Cuts max_new_tokens to the positions that the prompt leaves free, and warns."""
+        """Bounds max_new_tokens by the positions that the prompt leaves free, and by 4,096 if it is
+        None. Raises ValueError if no position is free."""
         used = len(prompt.ids)
         most = self.config.decoder.max_position_embeddings
         require(used < most, f"the prompt has {used} tokens; expected fewer than {most} positions")
-        wanted = sampling.max_new_tokens
-        if wanted > most - used:
-            cut = f"max_new_tokens is cut from {wanted} to {most - used}"
-            warnings.warn(f"{cut}: the model has {most} positions", stacklevel=2)
+        wanted = 4096 if sampling.max_new_tokens is None else sampling.max_new_tokens
         return replace(sampling, max_new_tokens=min(wanted, most - used))
+
+    def is_cut(self, ids: list[int]) -> bool:
+        """Tells whether an answer ended because it had no more room, and not by itself."""
+        return ids[-1] not in self.config.stop_ids
 
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens=1024,
+        max_new_tokens=None,
         temperature=1.0,
         top_p=1.0,
         top_k=50,
@@ -396,18 +407,21 @@ class MossAudio(nn.Module):
         sampling = Sampling(max_new_tokens, temperature, top_p, top_k, seed, thinking_budget)
         sampling = self.fit(prompt, sampling)
         N = len(prompt.ids)
-        cache = self.new_cache(1, N + sampling.max_new_tokens - 1)  # the last id isn't stepped
+        cache = self.new_cache(1, N + min(sampling.max_new_tokens, 1024))  # it grows if need be
         prefill = functools.partial(self.prefill, prompt, cache, report)
         step = Step(self, cache, [N], cuda_graph)
         ids = prompt.ids.tolist()
         picker = Picker(sampling, self.tokenizer, ids, self.lm_head.weight.device)
         return generate(prefill, step, picker, self.config.stop_ids)
 
-    def ask(self, clips, text, time_markers=None, max_new_tokens=1024, temperature=1.0, seed=None):
-        """Returns the answer to a text about a clip or a list of clips; see prompt and generate."""
+    def ask(self, clips, text, time_markers=None, max_new_tokens=None, temperature=1.0, seed=None):
+        """Returns the answer to a text about a clip or a list of clips; see prompt and generate.
+        Warns of an answer that is cut."""
         prompt = self.prompt(text, clips, time_markers)
-        ids = self.generate(prompt, max_new_tokens, temperature, seed=seed)
-        return self.tokenizer.decode(list(ids))
+        ids = list(self.generate(prompt, max_new_tokens, temperature, seed=seed))
+        if self.is_cut(ids):
+            warnings.warn(f"the answer is cut after {len(ids)} tokens", stacklevel=2)
+        return self.tokenizer.decode(ids)
 
 
 class Step:
@@ -430,6 +444,9 @@ class Step:
         """Takes an id of each row to the logits after it, float32 [B, V], until the next call."""
         self.ids.copy_(torch.tensor(tokens)[:, None])
         self.in_use += 1
+        if self.in_use > self.cache.capacity:
+            self.cache.grow()
+            self.graph = None
         if self.use_graph:
             if self.graph is None:
                 self.capture()
@@ -456,10 +473,18 @@ SAMPLE = TINY / "bell.wav"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser whose help begins with its description, and whose errors are one line."""
+
+    def __init__(self, prog: str, description: str | None = None):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, argparse.SUPPRESS, description, formatter_class=layout)
+        self.allow_abbrev = False
 
     def error(self, message: str):
-        raise ValueError(message)
+        mistyped = message.rpartition(": ")[2].split()[:1]
+        near = difflib.get_close_matches("".join(mistyped), self._option_string_actions, 1)
+        nearest = f" (the nearest option is {near[0]})" if near else ""
+        raise ValueError(f"{message}{nearest}; see --help")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -471,9 +496,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--max-new-tokens", type=int, default=1024, metavar="N", help="the most (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="the most (4096, if there is room)")
     heat = parser.add_mutually_exclusive_group().add_argument
-    heat("--temperature", type=float, default=1.0, metavar="X", help="below 1: likelier tokens")
+    heat("--temperature", type=float, metavar="X", help="below 1.0: likelier tokens (1.0)")
     heat("--greedy", dest="temperature", action="store_const", const=0, help="the likeliest token")
     add("--top-p", type=float, default=1.0, metavar="X", help="of the likeliest, X together")
     add("--top-k", type=int, default=50, metavar="N", help="of the N likeliest (50; 0: all)")
@@ -486,6 +511,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling_options(args: argparse.Namespace) -> dict:
     """Returns generate's arguments among the options. Raises ValueError for one out of range."""
     options = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    if args.temperature is None:
+        options["temperature"] = 1.0
     Sampling(**options)
     return options | {"cuda_graph": args.cuda_graph}
 
@@ -527,9 +554,15 @@ def end(program: str, work: Callable[[], int | None]) -> int:
         return 2
 
 
+DESCRIPTION = """Answers a question about sounds, as it is generated, on stdout.
+
+    python moss_min.py speech.wav --greedy --prompt "Transcribe the audio."
+"""
+
+
 def run(argv: list[str] | None) -> None:
     """Prints the answer as it is generated and, unless quiet, how it goes to stderr."""
-    parser = Parser("moss_min.py", allow_abbrev=False)
+    parser = Parser("moss_min.py", DESCRIPTION)
     add = parser.add_argument
     add("audio", nargs="*", metavar="AUDIO", help="the clips of one prompt; - is one from stdin")
     add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
@@ -540,7 +573,6 @@ def run(argv: list[str] | None) -> None:
     add("--lora", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     require(args.lora is None, "--lora: expected it merged, by tools/train.py --merge, as --model")
-    options = sampling_options(args)  # what is wrong with them is said before anything is loaded
 
     def report(line: str) -> None:
         if not args.quiet:
@@ -550,7 +582,10 @@ def run(argv: list[str] | None) -> None:
     if not names and args.prompt is None:
         names = [str(SAMPLE)]
         report(f"no AUDIO and no --prompt: this is {SAMPLE}")
+        if args.temperature is None and (args.top_p, args.top_k, args.seed) == (1.0, 50, None):
+            args.temperature = 0  # the demonstration is the same each time
     text = "Describe this audio." if args.prompt is None else args.prompt
+    options = sampling_options(args)  # what is wrong with them is said before anything is loaded
     waves = [load_audio(sys.stdin.buffer if name == "-" else name) for name in names]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
     times = [time.perf_counter()]
@@ -558,26 +593,35 @@ def run(argv: list[str] | None) -> None:
     for name, mel in zip(names, prompt.mels):
         report(f"{name}: {mel.shape[1] / 100:.2f} s")
     report(f"prompt: {len(prompt.ids)} tokens")
-    ids = model.generate(prompt, **options, report=report)
+    ids = []
+    generated = model.generate(prompt, **options, report=report)
 
     def timed() -> Iterator[int]:
-        for token in ids:
+        for token in generated:
             times.append(time.perf_counter())
+            ids.append(token)
             yield token
 
     pieces = stream_text(model.tokenizer, timed())
     if args.hide_thinking:
         in_thought = "<think>" in text.rpartition("</think>")[2]
         pieces = stream_answer(pieces, in_thought)
+    answer = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
+            answer += piece
     finally:
         print(flush=True)
-    count = len(times) - 1
+    if model.is_cut(ids):
+        print(f"the answer is cut after {len(ids)} tokens: no room for more", file=sys.stderr)
+    shows = sys.stdout.encoding or "utf-8"
+    if answer.encode(shows, "replace").decode(shows) != answer:
+        said = f"question marks stand for what {shows} can't show; set PYTHONIOENCODING=utf-8"
+        print(said, file=sys.stderr)
     first = times[1] - times[0]
-    rate = (count - 1) / max(times[-1] - times[1], 1e-9)
-    report(f"{count} new tokens: the first after {first:.2f} s, then {rate:.1f} a second")
+    rate = (len(ids) - 1) / max(times[-1] - times[1], 1e-9)
+    report(f"{len(ids)} new tokens: the first after {first:.2f} s, then {rate:.1f} a second")
     device = model.lm_head.weight.device
     where = " on the GPU" if device.type == "cuda" else ""
     report(f"peak memory: {peak_bytes(device) / 1e9:.2f} GB{where}")

@@ -96,6 +96,13 @@ class KVCache:
         self.keys = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_hidden_layers)]
 
+    def grow(self) -> None:
+        """Doubles the capacity; what is stored stays."""
+        for tensors in (self.keys, self.values):
+            for i, stored in enumerate(tensors):
+                tensors[i] = F.pad(stored, (0, 0, 0, self.capacity))
+        self.capacity *= 2
+
     def place(self, positions: Tensor, in_use: int) -> None:
         """Prepares attention for tokens at int64 positions [B, n], or [1, n] for all rows; to be
         called once, before the layers. in_use: attention goes over so many places from the first,

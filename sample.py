@@ -29,7 +29,7 @@ def check(name: str, value, kind: type, low: float, high: float, expected: str) 
 class Sampling:
     """How to generate. Raises ValueError for a value out of range."""
 
-    max_new_tokens: int = 1024
+    max_new_tokens: int | None = None  # None: as many as there is room for, but at most 4,096
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability; 1: all
     top_k: int = 50  # keep this many of the likeliest, and ties with the last of them; 0: all
@@ -40,7 +40,15 @@ class Sampling:
         whole = "a whole number from 0 up"
         coldest = 0 if self.temperature == 0 else 1e-6
         warmth = "0 (greedy), or a number from 1e-6 to 1e6"
-        check("max_new_tokens", self.max_new_tokens, Integral, 1, math.inf, "a whole number from 1")
+        if self.max_new_tokens is not None:
+            check(
+                "max_new_tokens",
+                self.max_new_tokens,
+                Integral,
+                1,
+                math.inf,
+                "a whole number from 1",
+            )
         check("temperature", self.temperature, Real, coldest, 1e6, warmth)
         check("top_p", self.top_p, Real, math.nextafter(0, 1), 1, "a number above 0 and up to 1")
         check("top_k", self.top_k, Integral, 0, math.inf, whole)

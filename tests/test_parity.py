@@ -1,4 +1,4 @@
-"""tools/parity.py: what dump writes, and that compare and diagnose find what the porter does wrong."""
+"""tools/parity.py: what dump writes, and that compare and diagnose find what port.py does wrong."""
 
 import contextlib
 import functools

@@ -37,10 +37,9 @@ def test_resampling_gives_torchaudios_figures(rate):
 
 
 def interpolate(sound: np.ndarray, rate: int, sample: int) -> float:
-    """One output sample by section 3.2 of the specification, in float64 but for t.
+    """One output sample by section 3.2 of the specification, in float64 but for t, as there.
 
-    That is float32 by the same section. At an odd rate it would be up to 1e-3 away in float64, and
-    the result up to 1e-4.
+    At an odd rate t would be up to 1e-3 away in float64, and the result up to 1e-4.
     """
     divisor = math.gcd(rate, 16_000)
     old = rate // divisor
@@ -303,8 +302,7 @@ def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
 def test_ffmpeg_reads_the_whole_sound(name, tmp_path):
     wave = load_audio(make(tmp_path / name, *FORMATS[name]))
     original = load_audio(JFK)
-    # A codec's frame has at most 1024 samples, at either end.
-    assert abs(len(wave) - len(original)) <= 2048
+    assert abs(len(wave) - len(original)) <= 2048  # a codec's frame of 1024 at either end
     assert likeness(wave, original) > 0.98
 
 

@@ -5,10 +5,11 @@
 A line of the manifest is {"audio": a path or a list of paths, "prompt": text, "id": a string or a
 whole number}; each key may be left out. Paths are relative to the manifest, the prompt is "Describe
 this audio." if there is none, and the id is the line's number, from 1. The answers are lines {"id",
-"text"} in the manifest's order, or {"id", "error"} for a clip that can't be read, is too long, or
-takes too much memory by itself. Answers that --out holds are kept: the same command continues a run
-that was killed, which loses its last batch. Line n draws with seed + n, whatever its batch. (In
-bfloat16 a batch may change an id: a product of several rows is rounded differently from one's.)
+"text"} in the manifest's order, with "cut": true where there was no room for more tokens, or {"id",
+"error"} for a clip that can't be read, is too long, or takes too much memory by itself. Answers
+that --out holds are kept: the same command continues a run that was killed, which loses its last
+batch. Line n draws with seed + n, whatever its batch. (In bfloat16 a batch may change an id: a
+product of several rows is rounded differently from one's.)
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
 are any, on one machine or on several that share the folder of --out. Each process writes a part,
@@ -20,7 +21,6 @@ import glob
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,9 +58,8 @@ def generate_rows(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yields (index of a prompt, ids of its answer) as each answer ends."""
     device = model.lm_head.weight.device
-    # The last id of an answer is not stepped.
-    places = [len(prompt.ids) + s.max_new_tokens - 1 for prompt, s in zip(prompts, samplings)]
-    cache = model.new_cache(len(prompts), max(places, default=0))
+    places = [len(p.ids) + min(s.max_new_tokens, 1024) for p, s in zip(prompts, samplings)]
+    cache = model.new_cache(len(prompts), max(places, default=0))  # it grows if need be
     rows = []
     logits = []  # float32 [1, V] each
     for i, (prompt, sampling) in enumerate(zip(prompts, samplings)):
@@ -102,7 +101,7 @@ def generate_rows(
 def generate_batch(
     model: MossAudio,
     prompts: list[Prompt],
-    max_new_tokens=1024,
+    max_new_tokens=None,
     temperature=1.0,
     top_p=1.0,
     top_k=50,
@@ -225,6 +224,8 @@ def answer_batch(model: MossAudio, lines: dict[Id, Line], args, report) -> list[
     try:
         for i, ids in generate_rows(model, prompts, samplings, args.cuda_graph, report):
             answers[names[i]] = {"id": names[i], "text": model.tokenizer.decode(ids)}
+            if model.is_cut(ids):
+                answers[names[i]]["cut"] = True
     except Exception as error:
         if not moss_min.out_of_memory(error):
             raise
@@ -310,10 +311,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = moss_min.Parser(
-        "batch.py", description=__doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = moss_min.Parser("batch.py", __doc__)
     add = parser.add_argument
     add("--manifest", type=Path, required=True, metavar="FILE", help="questions, in JSONL")
     add("--out", type=Path, required=True, metavar="FILE", help="answers; those in it are kept")
@@ -322,8 +320,6 @@ def main(argv: list[str] | None = None) -> int:
     moss_min.add_model_options(parser)
     add_lora_option(parser)
     moss_min.add_sampling_options(parser)
-    # max_new_tokens is cut to the positions that the context leaves; not said line by line.
-    warnings.filterwarnings("ignore", "max_new_tokens is cut")
     return moss_min.end("batch", lambda: run(parser.parse_args(argv)))
 
 

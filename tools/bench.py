@@ -489,10 +489,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = moss_min.Parser(
-        "bench.py", description=__doc__, allow_abbrev=False, formatter_class=layout
-    )
+    parser = moss_min.Parser("bench.py", __doc__)
     add = parser.add_argument
     moss_min.add_model_options(parser)
     add("--shape", choices=SHAPES, help="random weights of these dimensions")

@@ -21,7 +21,6 @@ matched  what part of those references' stamped words is matched with stamped on
 accuracy how many questions have the reference's words. Here stamps are words: times must be equal.
 """
 
-import argparse
 import json
 import os
 import re
@@ -36,9 +35,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Example, Progress, each_line, read_example, read_json_lines, say
-from lora import add_lora_option, lora_change
-
 from encoder import require
+from lora import add_lora_option, lora_change
 from moss_min import TINY, MossAudio, Parser, add_model_options, end
 from sample import Sampling, split_thinking
 
@@ -279,12 +277,7 @@ def run_model(model: MossAudio, lines: dict[int, Example], path: Path, most: int
 
 
 def run(argv: list[str] | None) -> None:
-    parser = Parser(
-        "evaluate.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="JSONL in the training format")
     add(
@@ -296,7 +289,7 @@ def run(argv: list[str] | None) -> None:
     add_model_options(parser)
     parser.set_defaults(model=None)
     add_lora_option(parser)
-    add("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer (%(default)s)")
+    add("--max-new-tokens", type=int, metavar="N", help="of an answer (4096, if there is room)")
     add("--json", action="store_true", help="print JSON, not a table")
     args = parser.parse_args(argv)
     has_model = args.model is not None or args.lora is not None
@@ -317,7 +310,7 @@ def run(argv: list[str] | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     # Of the answers that the context cuts, it would be said line by line.
-    warnings.filterwarnings("ignore", "max_new_tokens is cut")
+    warnings.filterwarnings("ignore", "the answer is cut")
     return end("evaluate", lambda: run(argv))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_tensors, write_text
-
 from encoder import require
 from moss_min import MossAudio, checked, read_config, read_json
 

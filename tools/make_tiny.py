@@ -580,8 +580,7 @@ def train(args: argparse.Namespace) -> None:
 
 # ---- command line ----
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("make_tiny.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser("make_tiny.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     add = commands.add_parser("bank", help="make the voices").add_argument

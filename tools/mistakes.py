@@ -20,10 +20,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from stages import Run, convolve, encoder_output, is_audio
-
 import qwen3
 from encoder import N_FFT, N_MELS, count_tokens, sinusoids
+from stages import Run, convolve, encoder_output, is_audio
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,11 +45,10 @@ from diagnose import (
     start,
     walk,
 )
-from mistakes import MISTAKES
-from stages import HIDDEN, IDS, KINDS, Run, chunk_frames, chunk_tokens, compute, kind, table
-
 from encoder import load_audio, require
+from mistakes import MISTAKES
 from moss_min import SAMPLE, TINY, MossAudio, Parser, end
+from stages import HIDDEN, IDS, KINDS, Run, chunk_frames, chunk_tokens, compute, kind, table
 
 # ---- dump ----
 

@@ -36,9 +36,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 from common import Example, random_model, read_example, write_tensors, write_text
-from lora import add_lora, add_lora_option, lora_change, save_adapter
-
 from encoder import HOP, SAMPLE_RATE, load_audio, require
+from lora import add_lora, add_lora_option, lora_change, save_adapter
 from moss_min import MossAudio, Parser, end, pick_device
 
 IGNORE = -100  # the label of a token that is not learned
@@ -397,12 +396,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        "train.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("train.py", __doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="FOLDER", help="checkpoint to go on from")
