@@ -184,7 +184,7 @@ def map_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
             with safe_open(path, "pt") as file:
                 shards[name] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            pointer = path.is_file() and path.read_bytes()[:8] == b"version "
+            pointer = path.is_file() and path.open("rb").read(8) == b"version "
             said = "a Git-LFS pointer, not the file itself (git lfs pull)" if pointer else error
             raise ValueError(f"{path}: {said}; expected a whole safetensors file") from error
         # Some re-exports have a table that is derived, not learned.
@@ -206,6 +206,11 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         said = f"({error!s:.200}); expected auto, cuda, mps or cpu"
         raise ValueError(f"device {name!r} can't be used {said}") from error
+
+
+def fast_bfloat16() -> bool:
+    """Tells whether this CPU has instructions for products in bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ---- prompt and model ----
@@ -265,10 +270,9 @@ class MossAudio(nn.Module):
         kind = DTYPES.get(dtype, stored["lm_head.weight"].dtype)
         if dtype == "auto" and device.type == "cpu":
             kind = torch.float32
-        on_cpu = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if report and kind == torch.bfloat16 and on_cpu:
-            if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-                report("this CPU has no bfloat16 instructions: float32 is many times faster")
+        slow = device.type == "cpu" and kind == torch.bfloat16 and not fast_bfloat16()
+        if report and slow:
+            report("this CPU has no bfloat16 instructions: float32 is many times faster")
         if device.type == "cuda" and kind == torch.float32:
             # TF32 keeps ten bits of a factor: that is not float32.
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -414,11 +418,23 @@ class MossAudio(nn.Module):
         picker = Picker(sampling, self.tokenizer, ids, self.lm_head.weight.device)
         return generate(prefill, step, picker, self.config.stop_ids)
 
-    def ask(self, clips, text, time_markers=None, max_new_tokens=None, temperature=1.0, seed=None):
+    def ask(
+        self,
+        clips,
+        text: str,
+        time_markers=None,
+        max_new_tokens=None,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        seed=None,
+        thinking_budget=None,
+    ) -> str:
         """Returns the answer to a text about a clip or a list of clips; see prompt and generate.
         Warns of an answer that is cut."""
         prompt = self.prompt(text, clips, time_markers)
-        ids = list(self.generate(prompt, max_new_tokens, temperature, seed=seed))
+        draw = (temperature, top_p, top_k, seed)
+        ids = list(self.generate(prompt, max_new_tokens, *draw, thinking_budget))
         if self.is_cut(ids):
             warnings.warn(f"the answer is cut after {len(ids)} tokens", stacklevel=2)
         return self.tokenizer.decode(ids)
@@ -458,12 +474,12 @@ class Step:
 
     def capture(self) -> None:
         device = self.ids.device
-        whole = self.cache.capacity
-        # Libraries make their plans in a first run, before the capture.
-        self.model.step(self.ids, self.positions, self.cache, whole)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=Step.stream(device)):
-            self.logits = self.model.step(self.ids, self.positions, self.cache, whole)
+        inputs = (self.ids, self.positions, self.cache, self.cache.capacity)
+        with torch.cuda.device(device):
+            self.model.step(*inputs)  # libraries make their plans in a first run
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=Step.stream(device)):
+                self.logits = self.model.step(*inputs)
 
 
 # ---- command line ----

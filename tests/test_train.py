@@ -9,20 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import common
 import train
 from common import random_model
 from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
 from lora import add_lora, lora_change
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from train import SummedLoss, hidden_states, main, make_sample, save_checkpoint
-
 from moss_min import MossAudio, load_audio
+from train import SummedLoss, hidden_states, main, make_sample, save_checkpoint
 
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 FOLDER = GOLDEN / "checkpoint"

@@ -701,8 +701,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_command(argv: list[str] | None) -> int:
-    parser = Parser("parity.py", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser("parity.py", __doc__)
+    commands = parser.add_subparsers(dest="command", required=True, prog="parity.py")
     device = "auto (CUDA if there is one, else MPS, else the CPU), cuda, mps or cpu"
 
     command = commands.add_parser("dump", help="write every stage of a greedy run")

@@ -44,9 +44,7 @@ KINDS = {  # by the stage's name without its number
     "encoder.conv": Kind("chunks, channels, mel bands, frames", "chunk", STEM),
     "encoder.stem": Kind("audio tokens, encoder width", "token", STEM),
     "encoder.layers": Kind("audio tokens, encoder width", "token", "EncoderLayer in encoder.py"),
-    "encoder": Kind(
-        "audio tokens, output width", "token", "the end of AudioEncoder.forward in encoder.py"
-    ),
+    "encoder": Kind("audio tokens, output width", "token", "AudioEncoder.forward in encoder.py"),
     "adapter": Kind("audio tokens, decoder width", "token", "GatedMLP in adapter.py"),
     "deepstack": Kind("audio tokens, decoder width", "token", TAP),
     "input_ids": Kind("prompt tokens", "position", "MossAudio.prompt_ids in moss_min.py"),
@@ -69,28 +67,28 @@ def kind(name: str) -> str:
 # Each takes the run and the stages that it is computed from.
 
 
+WINDOW = np.hanning(N_FFT + 1)[:-1]  # [400]
+FILTERS = mel_filters()  # [128, 201]
+
+
 def log_mel(
     wave: torch.Tensor,
     length: int | None = None,
     pad: str = "reflect",
     last_frame: bool = False,
-    window: np.ndarray | None = None,
-    filters: np.ndarray | None = None,
+    window: np.ndarray = WINDOW,
+    filters: np.ndarray = FILTERS,
     logarithm: Callable = np.log10,
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
     """Returns encoder.log_mel of float32 [samples] in float32, [128, T]; parts can be replaced.
 
     length: samples to which the sound is cut or padded with zeros. pad: numpy's mode at the edges.
-    last_frame: keep the frame around the sound's end. window: [400]. filters: [128, 201].
+    last_frame: keep the frame around the sound's end.
     """
     samples = wave.numpy()
     if length is not None:
         samples = np.pad(samples, (0, max(0, length - len(samples))))[:length]
-    if window is None:
-        window = np.hanning(N_FFT + 1)[:-1]
-    if filters is None:
-        filters = mel_filters()
     padded = np.pad(samples, N_FFT // 2, mode=pad)
     frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]  # [T + 1, 400]
     if not last_frame:
@@ -130,6 +128,12 @@ def real_tokens(frames: torch.Tensor) -> torch.Tensor:
     return torch.arange(int(tokens.max())) < tokens[:, None]
 
 
+def in_batches(run, function: Callable, *tensors: torch.Tensor) -> torch.Tensor:
+    """Applies a function to as many chunks at a time as the model does: to the same last bit."""
+    parts = [x.split(run.model.audio_encoder.chunks_at_a_time) for x in tensors]
+    return torch.cat([function(*batch) for batch in zip(*parts)])
+
+
 def convolve(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """Convolution i, from 1, and GELU: [C, channels, bands, t] to half the bands and frames.
 
@@ -137,9 +141,11 @@ def convolve(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor
     """
     audio = run.model.audio_encoder
     conv = getattr(audio, f"conv{i}")
-    # As many chunks at a time as in the model, which bounds the memory.
-    parts = x.to(conv.weight).split(audio.chunks_at_a_time)
-    return torch.cat([audio.activation(conv(part)) for part in parts])
+
+    def activated(x: torch.Tensor) -> torch.Tensor:
+        return audio.activation(conv(x.to(conv.weight)))
+
+    return in_batches(run, activated, x)
 
 
 def chunk_positions(x: torch.Tensor) -> torch.Tensor:
@@ -150,34 +156,38 @@ def chunk_positions(x: torch.Tensor) -> torch.Tensor:
 def stem(run, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """The last convolution's [C, channels, 16, L] to [A, D]."""
     x = x.permute(0, 3, 1, 2).flatten(2)  # [C, L, channels x 16]
-    x = run.model.audio_encoder.stem_proj(x)  # [C, L, D]
+    x = in_batches(run, run.model.audio_encoder.stem_proj, x)  # [C, L, D]
     return (x + run.positions(x).to(x))[real_tokens(frames)]
 
 
 def encoder_layer(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """[A, D] to the same."""
-    is_real = real_tokens(frames)
+    is_real = real_tokens(frames)  # [C, L]
     # In chunks again, with zeros for padding, which the mask keeps from the rest.
     chunks = x.new_zeros(*is_real.shape, x.shape[1])  # [C, L, D]
     chunks[is_real] = x
-    mask = None if is_real.all() else is_real[:, None, None].to(x.device)
-    return run.model.audio_encoder.layers[i](chunks, mask)[is_real]
+
+    def layer(x: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+        mask = None if is_real.all() else is_real[:, None, None].to(x.device)
+        return run.model.audio_encoder.layers[i](x, mask)
+
+    return in_batches(run, layer, chunks, is_real)[is_real]
 
 
-def encoder_output(audio: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def encoder_output(run, x: torch.Tensor) -> torch.Tensor:
     """[A, D] to [A, E]"""
+    audio = run.model.audio_encoder
     return audio.out_proj(audio.layer_norm(x))
 
 
-def tap(audio: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def tap(run, x: torch.Tensor) -> torch.Tensor:
     """[A, D] to [A, E]"""
-    return audio.out_proj(x)
+    return run.model.audio_encoder.out_proj(x)
 
 
 def merge(run, k: int, x: torch.Tensor) -> torch.Tensor:
     """A tapped layer's output [A, D] to merger k's rows [A, D]."""
-    tap = run.tap(run.model.audio_encoder, x)  # [A, E]
-    return run.model.deepstack_audio_merger_list[k](tap)
+    return run.model.deepstack_audio_merger_list[k](run.tap(run, x))
 
 
 def prompt_ids(run, *mels: torch.Tensor) -> torch.Tensor:
@@ -309,7 +319,7 @@ def add_encoder(run: Run, add: Callable, mels: list[str]) -> None:
     for i in range(len(audio.layers)):
         name = f"encoder.layers.{i}"
         outputs.append(add(name, [outputs[i], "frames"], encoder_layer, run, i))
-    add("encoder", [outputs[-1]], encoder_output, audio)
+    add("encoder", [outputs[-1]], encoder_output, run)
     add("adapter", ["encoder"], run.model.audio_adapter)
     for k, i in enumerate(audio.config.deepstack_encoder_layer_indexes):
         add(f"deepstack.{k}", [outputs[i + 1]], merge, run, k)
