@@ -254,13 +254,13 @@ class MossAudio(nn.Module):
         kinds = ["auto", *DTYPES]
         require(dtype in kinds, f"dtype is {dtype!r}; expected {', '.join(kinds)}")
         config = read_config(folder)
+        shards = map_shards(folder)
         tokenizer = load_tokenizer(folder)
         largest = max(tokenizer.get_vocab().values(), default=0)
         V = config.decoder.vocab_size
         require(largest < V, f"{folder}: the tokenizer has id {largest}; expected below {V}")
         with torch.device("meta"):  # shapes without memory
             model = cls(config, tokenizer).requires_grad_(False).eval()
-        shards = map_shards(folder)
         stored = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
         try:  # before anything is read: says what is missing, unexpected or misshaped
             model.load_state_dict(stored, assign=True)

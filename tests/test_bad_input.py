@@ -68,11 +68,6 @@ def test_what_is_not_a_checkpoint_folder_is_refused(name, word, tmp_path, compla
     assert word in complaint("--model", tmp_path / name, "--prompt", "Hello")
 
 
-def test_a_hubs_name_is_to_be_downloaded_first(complaint):
-    line = complaint("--model", "OpenMOSS/MOSS-Audio-4B", "--prompt", "Hello")
-    assert "hf download OpenMOSS/MOSS-Audio-4B --local-dir MOSS-Audio-4B" in line
-
-
 def test_a_folder_with_pickles_only_is_refused(checkpoint):
     for path in checkpoint.glob("model*"):
         path.rename(checkpoint / "pytorch_model.bin")

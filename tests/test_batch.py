@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -107,14 +106,9 @@ def test_a_row_of_a_batch_ends_at_the_models_last_position(checkpoint):
     most = {"language_config.max_position_embeddings": len(prompts[1].ids) + 3}
     edit_json(checkpoint / "config.json", **most)
     model = MossAudio.from_pretrained(checkpoint, "cpu")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        answers = dict(batch.generate_batch(model, prompts, 20, temperature=0))
+    answers = dict(batch.generate_batch(model, prompts, 20, temperature=0))
     assert len(answers[0]) == 20
     assert len(answers[1]) == 3
-    assert [str(warning.message)[:35] for warning in caught] == [
-        "max_new_tokens is cut from 20 to 3:"
-    ]
 
 
 # ---- a file of questions ----

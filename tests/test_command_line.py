@@ -164,13 +164,6 @@ def test_a_wrong_option_is_refused_in_one_line(argv, words, capfd):
     assert all(word in err for word in words) and "usage" not in err
 
 
-def test_help_begins_with_a_sentence_and_an_example(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    sentence, _, example = capsys.readouterr().out.splitlines()[:3]
-    assert sentence.endswith(".") and example.strip().startswith("python moss_min.py")
-
-
 def test_an_adapter_is_to_be_merged_first(capfd):
     assert main(arguments("--prompt", "Hi", "--lora", GOLDEN / "training" / "lora")) == 2
     out, err = capfd.readouterr()

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import soundfile
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ import parity
 import port
 import stages as stages_of_the_model
 from conftest import GOLDEN, HERE, golden_case, golden_model
+from encoder import log_mel
 from moss_min import MossAudio
 
 CHECKPOINT = GOLDEN / "checkpoint"
@@ -180,7 +182,7 @@ def test_a_dump_has_every_stage_in_order_with_its_axes():
     assert shapes["logits"] == [131, 320]
     assert shapes["generated"] == [16]
     others = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] != "F32"}
-    assert others == {"mel.0": "BF16", "input_ids": "I32", "generated": "I32"}
+    assert others == {"input_ids": "I32", "generated": "I32"}
     begin, end = (8 + length + offset for offset in header["input_ids"]["data_offsets"])
     assert struct.unpack("<131i", data[begin:end]) == tuple(ported()["input_ids"].tolist())
     assert (metadata["prompt"], metadata["dtype"], metadata["version"]) == (TEXT, "float32", "1")
@@ -193,7 +195,32 @@ def test_a_bfloat16_runs_stages_are_stored_in_float32():
     for name in ("encoder.layers.5", "decoder.layers.4", "logits"):
         assert stages[name].dtype == torch.float32
         assert torch.equal(stages[name], stages[name].bfloat16().float())
-    assert stages["mel.0"].dtype == torch.bfloat16
+
+
+def test_numpy_opens_a_dump():
+    stages = safetensors.numpy.load_file(reference())
+    assert stages["mel.0"].dtype == np.float32
+    assert torch.equal(torch.from_numpy(stages["mel.0"]), log_mel(sound()[:SAMPLES]).float())
+
+
+@pytest.mark.parametrize("samples, said", [(48_000, "longer than 4 s"), (89_600, "not padded")])
+def test_a_clip_in_which_mistakes_change_nothing_is_warned_of(tmp_path, samples, said):
+    soundfile.write(tmp_path / "clip.wav", np.resize(sound().numpy(), samples), 16_000)
+    made = run("dump", tmp_path / "clip.wav", "-o", tmp_path / "out.safetensors")
+    assert made.status == 0
+    assert said in made.err
+
+
+def test_no_warning_without_a_sound_of_ones_own(tmp_path):
+    made = run("dump", "-o", tmp_path / "out.safetensors", "--stages", "mel.*")
+    assert (made.status, made.err) == (0, "")
+
+
+@pytest.mark.parametrize("kept", [["waveform.0"], ["mel.0"], ["mel.0", "waveform.0", "logits"]])
+def test_the_stages_of_another_sound_are_called_so(kept):
+    wave = torch.randn(70_000, generator=torch.Generator().manual_seed(0)) / 10
+    other = {"waveform.0": wave, "mel.0": log_mel(wave), "logits": ported()["logits"]}
+    assert "is another sound's" in said({name: other[name] for name in kept})
 
 
 def test_generated_ids_are_upstreams(tmp_path):

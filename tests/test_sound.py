@@ -216,12 +216,6 @@ def test_what_is_not_sound_is_refused_with_ffmpeg_and_without(name, tmp_path, mo
     assert "<" not in sentence  # no address in memory, which would differ from run to run
 
 
-def test_an_empty_file_and_none_have_sentences_of_their_own(tmp_path):
-    (tmp_path / "empty.wav").touch()
-    assert "empty.wav: an empty file" in refusal(tmp_path / "empty.wav")
-    assert "None" in refusal(None)
-
-
 @pytest.mark.parametrize("name, reason", [("missing.wav", "No such file"), ("", "directory")])
 def test_what_is_no_file_is_refused_by_its_name(name, reason, tmp_path):
     sentence = refusal(tmp_path / name)

@@ -252,10 +252,15 @@ def test_the_learning_rate_warms_up_then_falls_as_half_a_cosine():
 # ---- full training ----
 
 
+FULL_RUN = "--steps", 3, "--batch", 2, "--lr", 1e-3
+ADAPTER = "--lora-rank", 4, "--lora-alpha", 2, "--lora-encoder"  # as peft's in golden/training
+LORA_RUN = "--steps", 3, "--batch", 2, "--lr", 1e-2, *ADAPTER
+
+
 @pytest.fixture(scope="module")
 def full_run(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("full")
-    assert main(arguments(data, out, "--steps", 3, "--batch", 2, "--lr", 1e-3)) == 0
+    assert main(arguments(data, out, *FULL_RUN)) == 0
     return out
 
 
@@ -363,8 +368,7 @@ def lora_run(data, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "train", train_and_keep)
-        argv = "--steps", 3, "--batch", 2, "--lr", 1e-2, "--lora-rank", 4, "--lora-encoder"
-        assert main(arguments(data, out, *argv)) == 0
+        assert main(arguments(data, out, *LORA_RUN)) == 0
     return out, models[0]
 
 
@@ -396,18 +400,18 @@ def test_the_saved_adapter_has_pefts_names_and_keys_and_loads(lora_run, samples)
     close(loaded, logits_of(model, samples[3]), 2e-5)
 
 
-def test_without_lora_encoder_the_decoder_alone_is_adapted(data, tmp_path):
-    argv = "--steps", 1, "--batch", 1, "--lora-rank", 2, "--lora-alpha", 6
+def test_by_default_the_decoder_alone_is_adapted_and_alpha_is_twice_the_rank(data, tmp_path):
+    argv = "--steps", 1, "--batch", 1, "--lora-rank", 3
     assert main(arguments(data, tmp_path, *argv)) == 0
     saved, pefts = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, LORA))
     assert saved.keys() == {name for name in pefts if "audio_encoder" not in name}
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (2, 6)
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
     assert "audio_encoder" not in config["target_modules"]
     name = "language_model.layers.0.mlp.up_proj"
     A, B = (saved[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     changed = lora_change(tmp_path, FOLDER)(f"{name}.weight", torch.zeros(len(B), A.shape[1]))
-    assert torch.equal(changed, 3 * (B @ A))  # alpha / rank
+    assert torch.equal(changed, 2 * (B @ A))  # alpha / rank
 
 
 def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
@@ -452,14 +456,56 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(lora, data, tmp_pat
         patch.setattr(train, "learning_rate", rate_or_stop)
         assert main(arguments(data, halves, *argv)) == 130
     assert len(read_log(halves)) == 3 and {path.name for path in halves.iterdir()} == {"training"}
+    # Weights that are newer than the state don't make a training that was stopped a finished one.
+    (halves / ("adapter_model.safetensors" if lora else "model.safetensors")).touch()
     assert main(arguments(data, halves, *argv)) == 0
     assert contents(halves) == contents(whole)
     assert read_log(halves) == read_log(whole)
     states = [load_file(out / "training" / "state.safetensors") for out in (whole, halves)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.fixture
+def finished(data, lora_run, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of a finished training's folder, and the arguments that made it."""
+    out = tmp_path / "out"
+    shutil.copytree(lora_run[0], out)  # with the files' times
+    return out, arguments(data, out, *LORA_RUN)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_finished_training_that_is_run_again_says_so_and_does_nothing(
+    kind, data, full_run, finished, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    out, argv = finished
+    if kind == "full":
+        out, argv = full_run, arguments(data, full_run, *FULL_RUN)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert re.fullmatch(
+        rf"{out}: this training of 3 steps is finished.*\n", capsys.readouterr().err
+    )
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
+
+
+@pytest.mark.parametrize("kind", ["absent", "older"])
+def test_a_training_that_was_stopped_before_its_weights_were_written_writes_them(
+    kind, finished, monkeypatch
+):
+    out, argv = finished
+    path = out / "adapter_model.safetensors"
+    right = path.read_bytes()
+    path.write_bytes(b"of an earlier training")
+    os.utime(path, (0, 0))
+    if kind == "absent":
+        path.unlink()
     monkeypatch.setattr(train, "learning_rate", lambda *_: pytest.fail("a step was made"))
-    assert main(arguments(data, halves, *argv)) == 0  # all is done
+    assert main(argv) == 0
+    assert path.read_bytes() == right
 
 
 def test_going_on_with_other_arguments_is_refused(full_run, data, capsys):
@@ -687,5 +733,17 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, capsys):
     assert str(path) in said and "expected a whole file" in said
     path.unlink()
     refused_adapter(adapter, str(path))
-    (adapter / "adapter_config.json").unlink()
-    refused_adapter(adapter, "adapter_config.json is not there")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "is not there"), ("{", "can't be read"), ("[]", "an object")]
+)
+def test_a_folder_without_a_good_adapter_config_is_called_no_checkpoint(text, said, adapter):
+    path = adapter / "adapter_config.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    refused_adapter(adapter, f"{path} ", said, "adapter's")
+    with pytest.raises(ValueError) as error:
+        lora_change(adapter, FOLDER)
+    assert "checkpoint" not in str(error.value)

@@ -125,13 +125,19 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], run: dict) -> None:
     write_tensors(kept, path, {"run": json.dumps(run)})
 
 
-def load_state(path: Path, run: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """Returns a state's tensors and its run, which may hold more than the given one: the step.
-    Raises ValueError for the state of another run."""
+def read_run(path: Path, run: dict) -> dict:
+    """Returns the run of a saved state, which may hold more than the given one: the step. Raises
+    ValueError for the state of another run."""
     with safe_open(path, "pt") as file:
         saved = json.loads((file.metadata() or {}).get("run", "{}"))
     other = ", ".join(name for name in run if saved.get(name) != run[name])
     require(not other, f"{path}: a run with another {other}; expected the same, or another --out")
+    return saved
+
+
+def load_state(path: Path, run: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """Returns a state's tensors and its run; see read_run."""
+    saved = read_run(path, run)
     return load_file(path), saved
 
 

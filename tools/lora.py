@@ -50,7 +50,11 @@ def add_lora_option(parser) -> None:
 def read_scale(path: Path) -> tuple[int, float]:
     """Returns an adapter_config.json's rank and scale. Raises ValueError if it isn't plain LoRA."""
     require(path.exists(), f"{path} is not there; expected an adapter's folder, as peft saves it")
-    config = {"peft_type": None} | read_json(path)
+    try:
+        config = {"peft_type": None} | read_json(path)
+    except ValueError as error:
+        said = error.__cause__ or error
+        raise ValueError(f"{path} can't be read as an adapter's JSON: {said}") from error
     for key, value in PLAIN.items():
         given = config.get(key, value)
         require(given == value, f"{path}: {key} is {given!r:.60}; only {value!r} is supported")

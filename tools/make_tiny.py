@@ -545,7 +545,7 @@ class Training:
         """Prints a line of JSON, and adds it to the log."""
         text = json.dumps({"step": self.step} | line)
         print(text, flush=True)
-        with open(self.out / "training" / "log.jsonl", "a") as log:
+        with open(self.out / "training" / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(text + "\n")
 
 

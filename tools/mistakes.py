@@ -22,6 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qwen3
 from encoder import N_FFT, N_MELS, count_tokens, sinusoids
+from moss_min import Parser, end
 from stages import Run, convolve, encoder_output, is_audio
 
 
@@ -412,3 +413,24 @@ def rope_bfloat16_angles(run):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     run.swap(qwen3, "rope_table", rounded)
+
+
+HELP = """Holds the known mistakes of ports; parity.py's diagnose tries them on a port's numbers.
+
+    python tools/parity.py diagnose reference.safetensors PORT --model FOLDER
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line, which has nothing but help; returns the exit status."""
+    parser = Parser("mistakes.py", HELP)
+
+    def run() -> None:
+        parser.parse_args(argv)
+        parser.print_help()
+
+    return end("mistakes.py", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

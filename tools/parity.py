@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import say
 from diagnose import (
     ANOTHER_SHAPE,
     TOLERANCES,
@@ -45,9 +46,9 @@ from diagnose import (
     start,
     walk,
 )
-from encoder import load_audio, require
+from encoder import HOP, STRIDE, load_audio, require
 from mistakes import MISTAKES
-from moss_min import SAMPLE, TINY, MossAudio, Parser, end
+from moss_min import TINY, MossAudio, Parser, end
 from stages import HIDDEN, IDS, KINDS, Run, chunk_frames, chunk_tokens, compute, kind, table
 
 # ---- dump ----
@@ -69,14 +70,9 @@ def write(
         with open(part, "wb") as file:
             file.seek(8 + room)
             for name, x in stages:
-                type_name = "F32"
-                x = x.cpu().float()
-                if name in IDS:
-                    type_name = "I32"
-                    x = x.int()
-                elif kind(name) == "mel":
-                    type_name = "BF16"
-                    x = x.bfloat16().view(torch.int16)
+                # All floats in float32, mel's bfloat16 values too: numpy has no bfloat16.
+                type_name = "I32" if name in IDS else "F32"
+                x = x.cpu().int() if name in IDS else x.cpu().float()
                 begin = file.tell() - 8 - room
                 file.write(x.contiguous().numpy())
                 offsets = [begin, file.tell() - 8 - room]
@@ -96,9 +92,11 @@ def dump(args: argparse.Namespace) -> int:
     audio = args.audio
     text = args.prompt
     if text is None:
-        audio = audio or [str(SAMPLE)]
+        audio = audio or [str(TINY / "telephone.wav")]
         text = "Describe this audio."
     waves = [load_audio(name) for name in audio]
+    if waves:
+        warn_of_blind_spots([len(wave) // HOP for wave in waves])
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype)
     prompt = model.prompt(text, waves, args.time_markers)
     run = Run(model, text, args.time_markers, len(waves))
@@ -141,6 +139,16 @@ def dump(args: argparse.Namespace) -> int:
     tokens = len(prompt.ids)
     print(f"{args.out}: {len(kept)} stages of a prompt of {tokens} tokens, in {args.dtype}")
     return 0
+
+
+def warn_of_blind_spots(frames: list[int]) -> None:
+    """Says of clips of so many mel frames that some mistakes would change nothing in them."""
+    if max(frames) < 400:
+        say("no clip is longer than 4 s: mistakes about chunks would change nothing")
+    if all(count % 400 % STRIDE == 0 for count in frames):
+        say(
+            "every clip is a whole number of tokens: a tail that is not padded would change nothing"
+        )
 
 
 def chosen(names: list[str], globs: list[str]) -> list[str]:
@@ -433,7 +441,8 @@ def prompt_difference(both: Both) -> tuple[int, str]:
     if expected and not count:
         means = f"there is no audio token, {audio}: the placeholder was read as text"
     elif count != expected:
-        means = f"there are {count} audio tokens, expected {expected}: a log-mel of another length"
+        means = f"there are {count} audio tokens, expected {expected}: the sound is another, or"
+        means += " its log-mel has another length"
         if count == 375:
             means += " (375 are 30 s: the sound was padded)"
     elif theirs == [i for i, word in zip(ours, words) if word != "a time marker"]:
@@ -477,6 +486,8 @@ def verdict(reference: Reference, rows: list[Row]) -> str:
         return f"Equal: no difference in any of the {len(rows)} stages compared."
     row = wrong[0]
     of = KINDS[kind(row.name)]
+    if is_another_sound(row):
+        return f"{row.name} is another sound's: write the stages of the reference's own sound."
     if row.decides.where is None:
         said = f"{row.name} has another shape, {row.shape}, expected {row.expected} ({of.axes})"
         thirty_seconds = {375, 3000} & (set(row.shape) - set(row.expected))
@@ -497,6 +508,16 @@ def verdict(reference: Reference, rows: list[Row]) -> str:
         differ = "differs" if len(more) == 1 else "differ"
         lines.append(f"{len(more)} more {differ} by what they add themselves: {listed(more)}.")
     return "\n".join(lines)
+
+
+def is_another_sound(row: Row) -> bool:
+    """Tells whether a stage can only come from another sound than the reference's."""
+    misshaped = row.decides.where is None
+    if kind(row.name) == "waveform":
+        return misshaped or row.cosine < 0.5
+    # Of the known mistakes, one pads the sound to 30 s and one keeps the last frame.
+    frames = row.expected[-1]
+    return kind(row.name) == "mel" and misshaped and row.shape[-1] not in (3000, frames + 1)
 
 
 def listed(names: Iterable[str]) -> str:

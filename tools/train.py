@@ -292,15 +292,37 @@ class Trainer:
         return float(total / counts[0]), float(norm), int(counts[1])
 
 
+def state_path(args: argparse.Namespace) -> Path:
+    return Path(args.out) / "training" / "state.safetensors"
+
+
+def run_options(args: argparse.Namespace) -> dict:
+    """Returns the options that have to be the same for a training to go on."""
+    options = vars(args) | {"processes": WORLD}
+    del options["out"], options["save_every"]
+    return options
+
+
+def is_finished(args: argparse.Namespace) -> bool:
+    """Tells whether the last step is made and its weights are in OUT. Raises ValueError for the
+    state of another run."""
+    state = state_path(args)
+    if not state.exists() or common.read_run(state, run_options(args))["step"] < args.steps:
+        return False
+    # Weights that are older than the state are what was in OUT before.
+    made = state.stat().st_mtime_ns
+    weights = list(Path(args.out).glob("*.safetensors"))
+    return len(weights) > 0 and all(path.stat().st_mtime_ns >= made for path in weights)
+
+
 def train(model: MossAudio, examples: list[Example], args: argparse.Namespace) -> None:
     """Trains the parameters that require a gradient. A step is a line on stderr and one in
     OUT/training/log.jsonl."""
     trainer = Trainer(model, args)
-    options = vars(args) | {"processes": WORLD}
-    del options["out"], options["save_every"]
-    folder = Path(args.out) / "training"
+    options = run_options(args)
+    state = state_path(args)
+    folder = state.parent
     folder.mkdir(parents=True, exist_ok=True)
-    state = folder / "state.safetensors"
     start = 0
     if state.exists():
         saved, run = common.load_state(state, options)
@@ -360,10 +382,12 @@ def load_model(args: argparse.Namespace, device: str) -> MossAudio:
 
 
 def run(args: argparse.Namespace) -> None:
+    require(args.lora_rank >= 0, "--lora-rank: expected a number from 0 up")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * max(args.lora_rank, 1)
     for name in "steps", "batch", "accumulate", "lr", "warmup", "clip", "save_every", "lora_alpha":
         option = "--" + name.replace("_", "-")
         require(getattr(args, name) > 0, f"{option}: expected a number above 0")
-    require(args.lora_rank >= 0, "--lora-rank: expected a number from 0 up")
     require(args.lora_rank or not args.lora_encoder, "--lora-encoder: expected --lora-rank, too")
     message = "--merge and --lora: expected --model, whose weights the adapter is added to"
     require(args.model or not (args.merge or args.lora), message)
@@ -375,6 +399,12 @@ def run(args: argparse.Namespace) -> None:
         save_checkpoint(model, out, source)
         return
     require(args.data, "expected --data or --merge")
+    if is_finished(args):
+        if RANK == 0:
+            common.say(
+                f"{out}: this training of {args.steps} steps is finished; nothing is left to do"
+            )
+        return
     device = args.device
     if WORLD > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -404,7 +434,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", metavar="FILE", help="JSONL in upstream's format, above")
     add("--out", required=True, metavar="FOLDER", help="what is trained, with its log and state")
     add("--lora-rank", type=int, default=0, metavar="N", help="train an adapter of this rank")
-    add("--lora-alpha", type=float, default=2.0, metavar="X", help="its scale is alpha / rank (2)")
+    add("--lora-alpha", type=float, metavar="X", help="it is scaled by alpha / rank (2 x rank)")
     add("--lora-encoder", action="store_true", help="adapt the encoder's q, k and v, too")
     adapter = parser.add_mutually_exclusive_group()
     adapter.add_argument("--merge", metavar="ADAPTER", help="save MODEL with an adapter added")

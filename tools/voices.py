@@ -179,7 +179,7 @@ def flite(numbers: range, draw: Draw, held: str) -> Iterator[Speech]:
     libraries = [f"-lflite_cmu_us_{voice}" for voice in voices]
     libraries += ["-lflite_usenglish", "-lflite_cmulex", "-lflite", "-lm"]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "say.c").write_text(FLITE)
+        Path(folder, "say.c").write_text(FLITE, "utf-8")
         command = ["gcc", "-O2", "-shared", "-fPIC", "-o", "say.so", "say.c", *libraries]
         subprocess.run(command, cwd=folder, check=True)
         library = ctypes.CDLL(f"{folder}/say.so")
@@ -259,7 +259,7 @@ def festival(numbers: range, draw: Draw, held: str) -> Iterator[Speech]:
                     script.append(f'(lex.add.entry \'("{word}" nil {teen}))')
                 script.append(f'(say "{" ".join(phrase)}" "{folder}/{number}.wav")')
                 clips.append((number, phrase, voice))
-            Path(folder, "script.scm").write_text("\n".join(script))
+            Path(folder, "script.scm").write_text("\n".join(script), "utf-8")
             command = ["festival", "--batch", f"{folder}/script.scm"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode != 0:
