@@ -171,7 +171,7 @@ def test_lengths_are_rows_of_a_table_or_of_json(capsys):
     [
         (["--shape", "5B"], "4B"),
         (["--shape", "small", "--model", "nowhere"], "not both"),
-        (["--model", "nowhere"], "config.json"),
+        (["--model", "nowhere"], "is no folder"),
         (["--seconds", "nan"], "expected 0.01"),
         (["--lengths", "10", "-1"], "expected 0.01"),
         (["--new-tokens", "1"], "expected at least 2"),
