@@ -221,6 +221,7 @@ def test_when_all_is_answered_nothing_is_loaded_or_written(folder, monkeypatch):
     assert (folder / "out.jsonl").stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.slow
 def test_half_a_line_at_the_end_is_done_again(folder):
     write_manifest(folder, [LINES[5], LINES[6]])
     whole = answered(folder)
@@ -232,6 +233,7 @@ def test_half_a_line_at_the_end_is_done_again(folder):
         assert answered(folder) == whole, cut
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_loses_the_batch_in_hand_alone(folder, monkeypatch):
     whole = lines_of(answered(folder))
     (folder / "out.jsonl").unlink()

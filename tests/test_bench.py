@@ -94,6 +94,7 @@ def test_bytes_of_the_cache_are_those_that_a_cache_takes():
     assert bench.cache_bytes(model, 16) == size
 
 
+@pytest.mark.slow
 @needs_proc
 def test_the_peak_is_the_most_that_was_held():
     cpu = torch.device("cpu")

@@ -233,6 +233,7 @@ def test_an_answer_streams_and_a_closed_pipe_ends_it_quietly():
     assert process.stderr.read() == b""
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_what_was_said_so_far():
     answer = golden_model().ask([], ENDLESS, temperature=0, max_new_tokens=24)
     text = answer.rstrip("\ufffd")  # half a character waits

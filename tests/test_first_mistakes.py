@@ -240,6 +240,7 @@ def test_a_mistyped_option_of_a_tool_names_the_nearest_one_and_help(capsys):
     assert line.startswith("batch: ") and "nearest option is --greedy" in line and "--help" in line
 
 
+@pytest.mark.slow
 def test_tools_write_utf_8_in_a_locale_without_it(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "你好", "id": "问"}', "utf-8")
     program = (

@@ -78,6 +78,7 @@ def large_checkpoint(folder: Path, vocabulary: int, layers: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_proc
 @pytest.mark.parametrize("dtype, least, most", [("bfloat16", -0.1, 0.1), ("float32", 0.9, 1.1)])
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ def test_a_longer_clip_takes_hardly_more_memory_to_encode():
     assert long - short < 100e6
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_longer_prompt_takes_hardly_more_memory_to_prefill():
     short, long = numbers_from(PREFILL)

@@ -362,6 +362,7 @@ def test_a_training_that_is_over_goes_on_with_more_steps(run_train, tmp_path):
     assert [json.loads(line)["step"] for line in log] == [1, 1, 2, 2, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["--no-time-markers", "--no-deepstack", "--seed=1"])
 def test_going_on_with_other_options_is_refused(other, run_train, tmp_path, capsys):
     (tmp_path / "training").mkdir()

@@ -622,6 +622,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, second, subset", PAIRS)
 def test_two_mistakes_at_once_are_found(first, second, subset):
     answer = diagnosed(part_of(ported(first, second), subset))
