@@ -497,8 +497,9 @@ class Parser(argparse.ArgumentParser):
         self.allow_abbrev = False
 
     def error(self, message: str):
-        mistyped = message.rpartition(": ")[2].split()[:1]
-        near = difflib.get_close_matches("".join(mistyped), self._option_string_actions, 1)
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        mistyped = unknown[1] if unknown else ""
+        near = difflib.get_close_matches(mistyped, self._option_string_actions, 1)
         nearest = f" (the nearest option is {near[0]})" if near else ""
         raise ValueError(f"{message}{nearest}; see --help")
 

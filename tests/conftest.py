@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors import safe_open
 
 from encoder import load_audio
-from moss_min import MossAudio, Prompt
+from moss_min import MossAudio, Prompt, main
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
 QWEN3_TOKENIZER = HERE / "qwen3_tokenizer"
 JFK = GOLDEN / "jfk.wav"
+FOLDER = GOLDEN / "checkpoint"
 
 # ---- options ----
 
@@ -93,6 +96,33 @@ def golden_prompt(name: str) -> Prompt:
 draws_as_upstream = pytest.mark.skipif(
     torch.__version__.startswith("2.6."), reason="torch 2.6 draws other numbers"
 )
+
+
+def write_clip(path: Path, wave) -> Path:
+    """A clip as a 16-kHz file, no bit lost."""
+    soundfile.write(path, np.asarray(wave), 16_000, subtype="FLOAT")
+    return path
+
+
+def noise(samples: int) -> np.ndarray:
+    return (0.25 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def complaint(capfd):
+    """What the command line says, in its one line, of arguments that it has to refuse."""
+
+    def complaint(*argv) -> str:
+        capfd.readouterr()
+        assert main(["--device", "cpu", "--quiet", *map(str, argv)]) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and re.fullmatch(r"moss_min: .{1,380}\n", err)
+        return err
+
+    return complaint
 
 
 # ---- a folder to be spoilt ----

@@ -74,27 +74,23 @@ def run(
     of MISTAKES and HARMLESS. dtype: of weights, arithmetic and stages, but for mel and logits.
     Names and shapes are golden/README.md's; encoder.conv1..3 are [chunks, channels, mel, frames].
     """
-    wrong = set()
-    eps = None  # of every norm of the encoder, where that is a mistake
-    for name in mistakes:
-        if name.startswith("layer-norm-eps"):
-            name, _, value = name.partition("=")
-            eps = float(value or 1e-6)
-        known = MISTAKES + HARMLESS
+    wrong = {}  # mistakes and what follows their "="
+    known = MISTAKES + HARMLESS
+    for mistake in mistakes:
+        name, _, value = mistake.partition("=")
         if name not in known:
             raise ValueError(f"unknown mistake {name!r}; expected one of {', '.join(known)}")
-        wrong.add(name)
+        wrong[name] = value
     w, config, processor = load(Path(folder), dtype)
     stages = {"waveform.0": waveform, "mel.0": log_mel(waveform.numpy(), wrong)}
     with torch.no_grad():
         mel = stages["mel.0"].to(dtype)
-        taps = encode(w, config, mel, wrong, eps, stages)
+        taps = encode(w, config, mel, wrong, stages)
         stages["adapter"] = project(w, "audio_adapter", stages["encoder"], wrong)
         deepstack = []
         for k, tap in enumerate(taps):
-            rows = project(w, f"deepstack_audio_merger_list.{k}", tap, wrong)
-            deepstack.append(rows)
-            stages[f"deepstack.{k}"] = rows
+            deepstack.append(project(w, f"deepstack_audio_merger_list.{k}", tap, wrong))
+            stages[f"deepstack.{k}"] = deepstack[k]
         audio_id = processor.get("audio_token_id", 151_654)
         start = processor.get("audio_start_id", 151_669)
         end = processor.get("audio_end_id", 151_670)
@@ -130,7 +126,7 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict, dic
 # ---- log-mel ----
 
 
-def mel_filters(wrong: set) -> np.ndarray:
+def mel_filters(wrong: dict) -> np.ndarray:
     """128 triangles over the 201 frequencies of the spectrum: [128, 201]."""
     if "mel-htk" in wrong:
         edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), 130) / 2595) - 1)
@@ -143,7 +139,7 @@ def mel_filters(wrong: set) -> np.ndarray:
     return np.array(triangles) * 2 / (edges[2:] - edges[:-2])[:, None]
 
 
-def log_mel(wave: np.ndarray, wrong: set) -> Tensor:
+def log_mel(wave: np.ndarray, wrong: dict) -> Tensor:
     """float32 [S] to bfloat16 [128, T], T = S // 160."""
     if "mel-30s" in wrong:
         wave = np.pad(wave, (0, max(0, 480_000 - len(wave))))
@@ -177,9 +173,7 @@ def linear(w: dict, name: str, x: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
     """Queries [n, H, hd], keys and values [n, G, hd], each for H / G heads, to [n, H x hd]."""
-    share = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(share, dim=1)
-    v = v.repeat_interleave(share, dim=1)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if causal:
         later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
@@ -188,7 +182,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Te
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
-def stem(w: dict, audio: dict, mel: Tensor, wrong: set, stages: dict) -> list[int]:
+def stem(w: dict, audio: dict, mel: Tensor, wrong: dict, stages: dict) -> list[int]:
     """Log-mel [128, T] to encoder.conv1..3 and encoder.stem; returns each chunk's tokens."""
     size = 2 * audio.get("n_window", 200)
     if "full-clip-attention" in wrong:
@@ -226,9 +220,7 @@ def stem(w: dict, audio: dict, mel: Tensor, wrong: set, stages: dict) -> list[in
     return lengths
 
 
-def encode(
-    w: dict, config: dict, mel: Tensor, wrong: set, eps: float | None, stages: dict
-) -> list[Tensor]:
+def encode(w: dict, config: dict, mel: Tensor, wrong: dict, stages: dict) -> list[Tensor]:
     """Log-mel [128, T] to the encoder's stages; returns the taps in use, each [A, output_dim]."""
     audio = config["audio_config"]
     heads = audio["encoder_attention_heads"]
@@ -236,9 +228,11 @@ def encode(
     scale = (width // heads) ** -0.5
     gelu = "tanh" if "gelu-tanh-layers" in wrong else "none"
 
-    def norm(name: str, x: Tensor, right: float = 1e-5) -> Tensor:
+    def norm(name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
         weight = w[f"audio_encoder.{name}.weight"]
-        return F.layer_norm(x, (width,), weight, w[f"audio_encoder.{name}.bias"], eps or right)
+        if "layer-norm-eps" in wrong:
+            eps = float(wrong["layer-norm-eps"] or 1e-6)
+        return F.layer_norm(x, (width,), weight, w[f"audio_encoder.{name}.bias"], eps)
 
     def leave(x: Tensor, normalised: bool) -> Tensor:
         if normalised:
@@ -282,7 +276,7 @@ def gated(w: dict, name: str, x: Tensor, gate="gate_proj", up="up_proj") -> Tens
     return linear(w, f"{name}.down_proj", gate * linear(w, f"{name}.{up}", x))
 
 
-def project(w: dict, name: str, x: Tensor, wrong: set) -> Tensor:
+def project(w: dict, name: str, x: Tensor, wrong: dict) -> Tensor:
     """The adapter or a merger: [A, output_dim] to [A, hidden]."""
     if "gate-up-swapped" in wrong:
         return gated(w, name, x, gate="up_proj", up="gate_proj")
@@ -309,7 +303,7 @@ def rms_norm(w: dict, name: str, x: Tensor, eps: float) -> Tensor:
     return w[f"{name}.weight"] * wide.to(x.dtype)
 
 
-def rope_angles(n: int, text: dict, wrong: set) -> Tensor:
+def rope_angles(n: int, text: dict, wrong: dict) -> Tensor:
     """float32 [n, hd / 2]."""
     base = 10_000.0 if "rope-theta-10000" in wrong else text["rope_theta"]
     rates = 1 / base ** (torch.arange(0, text["head_dim"], 2) / text["head_dim"])
@@ -319,7 +313,7 @@ def rope_angles(n: int, text: dict, wrong: set) -> Tensor:
     return positions * rates
 
 
-def rotate(x: Tensor, angles: Tensor, wrong: set) -> Tensor:
+def rotate(x: Tensor, angles: Tensor, wrong: dict) -> Tensor:
     """Heads [n, H, hd], each pair of dimensions turned by its angle."""
     cos = angles.cos().to(x.dtype)[:, None]  # [n, 1, hd / 2]
     sin = angles.sin().to(x.dtype)[:, None]
@@ -331,7 +325,7 @@ def rotate(x: Tensor, angles: Tensor, wrong: set) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong: set) -> Tensor:
+def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong: dict) -> Tensor:
     """Queries or keys [n, H, hd], normalised over hd and turned."""
     if "no-qk-norm" in wrong:
         return rotate(x, angles, wrong)
@@ -340,9 +334,7 @@ def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong
     return rotate(rms_norm(w, name, x, eps), angles, wrong)
 
 
-def decode(
-    w: dict, text: dict, x: Tensor, deepstack: list[Tensor], wrong: set, stages: dict
-) -> None:
+def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages: dict) -> None:
     """Embeddings [N, hidden] and DeepStack rows [N, hidden] of the first layers to the stages."""
     head_dim = text["head_dim"]
     eps = text["rms_norm_eps"]
@@ -370,7 +362,7 @@ def decode(
             x = x + rows
         x = x + gated(w, f"{name}.mlp", rms_norm(w, f"{name}.post_attention_layernorm", x, eps))
         stages[f"decoder.layers.{i}"] = x
-        if not wrong & {"deepstack-at-layer-input", "deepstack-before-mlp"}:
+        if not wrong.keys() & {"deepstack-at-layer-input", "deepstack-before-mlp"}:
             x = x + rows
         if "layers-before-injection" not in wrong:
             stages[f"decoder.layers.{i}"] = x

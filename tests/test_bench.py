@@ -28,34 +28,29 @@ def run(capsys, *options) -> tuple[int, str, str]:
 def measured(capsys, *options) -> dict:
     status, out, _ = run(capsys, *QUICK, *options, "--json")
     assert status == 0
-    assert out.count("\n") == 1
     return json.loads(out)
 
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path) -> Path:
     """--shape toy, and a folder of its own for what the bench writes."""
-    audio = {"d_model": 16, "output_dim": 24, "encoder_layers": 3, "encoder_attention_heads": 2}
-    audio |= {"encoder_ffn_dim": 20, "downsample_hidden_size": 4}
-    audio |= {"deepstack_encoder_layer_indexes": [2, 0]}
-    # The vocabulary has to hold the released audio ids.
-    decoder = {"vocab_size": 151_936, "hidden_size": 16, "intermediate_size": 40}
-    decoder |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    monkeypatch.setitem(bench.SHAPES, "toy", (audio, decoder | {"head_dim": 8}))
+    audio, decoder = bench.SHAPES["small"]
+    audio = audio | {"d_model": 24, "output_dim": 24, "encoder_ffn_dim": 24}
+    audio["downsample_hidden_size"] = 4
+    decoder = decoder | {"hidden_size": 16, "intermediate_size": 40, "head_dim": 8}
+    monkeypatch.setitem(bench.SHAPES, "toy", (audio, decoder))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
-# ---- shapes and sound ----
+# ---- shapes, sound, and what is counted ----
 
 
 @pytest.mark.parametrize(
     ("shape", "parameters", "read_in_a_step"),  # billions
     [("4B", 5.225, 4.02), ("8B", 9.05, 7.57), ("small", 0.65, 0.345)],
 )
-def test_a_shape_has_as_many_parameters_as_the_model_of_that_name(
-    shape, parameters, read_in_a_step, tmp_path
-):
+def test_a_shape_has_the_size_of_its_model(shape, parameters, read_in_a_step, tmp_path):
     source = bench.write_config(shape, tmp_path / shape)
     with torch.device("meta"):
         model = MossAudio(read_config(source), load_tokenizer(source))
@@ -63,35 +58,22 @@ def test_a_shape_has_as_many_parameters_as_the_model_of_that_name(
     assert count / 1e9 == pytest.approx(parameters, rel=2e-3)
     step = sum(weight.numel() for weight in bench.step_weights(model))
     assert step / 1e9 == pytest.approx(read_in_a_step, rel=2e-3)
-    if shape != "small":
-        assert len(model.state_dict()) == 901
-        assert model.config.adapter.audio_token_id == 151_654
+    assert model.config.adapter.audio_token_id == 151_654
 
 
 def test_the_sound_is_noise_with_gaps_and_always_the_same():
     wave = bench.sound(25.5)
     assert wave.shape == (408_000,)
-    assert wave.dtype == torch.float32
     assert torch.equal(wave[:160_000], bench.sound(10))
     seconds = wave[:400_000].view(25, 16_000)
     assert (seconds[:, :11_200].std(dim=1) > 0.09).all()
     assert (seconds[:, 11_200:] == 0).all()
 
 
-# ---- what is counted ----
-
-
 def test_flops_are_two_for_each_product_of_a_matrix():
     model = golden_model()
     x = torch.zeros(7, model.lm_head.in_features)
     assert bench.flops_of(lambda: model.lm_head(x)) == 2 * 7 * model.lm_head.weight.numel()
-
-
-def test_bytes_of_the_cache_are_those_that_a_cache_takes():
-    model = golden_model()
-    cache = model.new_cache(1, 16)
-    size = sum(part.nbytes for part in [*cache.keys, *cache.values])
-    assert bench.cache_bytes(model, 16) == size
 
 
 @pytest.mark.slow
@@ -117,8 +99,7 @@ def test_json_is_one_object_of_every_stage(options, toy, capsys):
     assert list(found["stages"]) == STAGES
     for stage in found["stages"].values():
         assert stage["seconds"] > 0
-        # Above 1 only where the machine was busy while the limit was measured.
-        assert 0 < stage["share_of_limit"] < 4
+        assert stage["share_of_limit"] > 0
     done = {name: stage["seconds"] * stage["rate"] for name, stage in found["stages"].items()}
     assert done["log_mel"] == pytest.approx(2)
     assert done["encoding"] == pytest.approx(25)  # 12.5 tokens a second
@@ -128,25 +109,20 @@ def test_json_is_one_object_of_every_stage(options, toy, capsys):
     assert list(toy.glob("moss-bench-*")) == []  # nothing is left behind
 
 
-def test_threads_are_set_and_told(capsys):
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert measured(capsys, "--threads", 1)["threads"] == 1
-    finally:
-        torch.set_num_threads(threads)
+def test_threads_are_set(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    measured(capsys, "--threads", 3)
+    assert given == [3]
 
 
 def test_without_json_it_is_a_table_with_progress_on_stderr(capsys):
-    status, out, err = run(capsys, *QUICK)
+    _, out, err = run(capsys, *QUICK)
     title, _, head, _, *rows, _, last = out.splitlines()
-    assert status == 0
     assert title.startswith("tiny, float32, cpu, ")
     assert head == "| stage | time | rate | share of limit |"
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in STAGES]
-    assert "% of a plain sum" in out
     assert "Peak memory: " in last
-    assert "times as long as a step of one row" in last
     assert "decoding: 1 of 1" in err
 
 
@@ -156,8 +132,6 @@ def test_lengths_are_rows_of_a_table_or_of_json(capsys):
     short, long = json.loads(out)["lengths"]
     # 13 tokens of sound, and 119 with the markers 2, 4, 6 and 8.
     assert long["tokens"] - short["tokens"] == 110
-    for name in ("log_mel", "encoding", "prefill", "step", "peak_bytes"):
-        assert short[name] > 0
     # Layers, keys and values, heads, head_dim, tokens, float32.
     assert long["weights_and_cache"] - short["weights_and_cache"] == 4 * 2 * 2 * 32 * 110 * 4
     _, out, _ = run(capsys, *options)
@@ -177,29 +151,18 @@ def test_lengths_are_rows_of_a_table_or_of_json(capsys):
         (["--lengths", "10", "-1"], "expected 0.01"),
         (["--new-tokens", "1"], "expected at least 2"),
         (["--new-tokens", "41000"], "expected at most"),
-        (["--repeats", "0"], "expected at least 1"),
-        (["--batch", "0"], "expected at least 1"),
         (["--peer", "--lengths"], "not both"),
-        (["--device", "abacus"], "abacus"),
-        (["--dtype", "int8"], "bfloat16"),
-        (["--frobnicate"], "unrecognized"),
+        (["--peer"], "transformers is 5.0.0; expected 4.57.1"),
     ],
-    ids=str,
 )
-def test_bad_options_are_one_line_and_status_2(options, said, capsys):
+def test_bad_options_are_one_line_and_status_2(options, said, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.0.0")
     status, out, err = run(capsys, *options)
     assert status == 2
     assert out == ""
     last = err.splitlines()[-1]
     assert last.startswith("bench: ")
     assert said in last
-
-
-def test_peer_without_its_transformers_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.0.0")
-    status, _, err = run(capsys, *QUICK, "--peer")
-    assert status == 2
-    assert "transformers is 5.0.0; expected 4.57.1" in err
 
 
 # ---- transformers ----

@@ -7,17 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 import moss_min
-from conftest import GOLDEN, JFK, draws_as_upstream, edit_json, golden_case, golden_model
-from moss_min import MossAudio, Parser, add_sampling_options, end, main, sampling_options
+from conftest import FOLDER, draws_as_upstream, edit_json, golden_case, golden_model, write_clip
+from moss_min import MossAudio, end, main
 from sample import THOUGHT_IS_OVER
 
-FOLDER = GOLDEN / "checkpoint"
 ENDLESS = "Describe this audio."  # without a sound, greedily: no end in 3000 tokens
 
 
@@ -36,18 +33,10 @@ def said(capfd):
     return said
 
 
-def write_clip(path: Path, wave) -> Path:
-    """A clip as a 16-kHz file, no bit lost."""
-    soundfile.write(path, np.asarray(wave), 16_000, subtype="FLOAT")
-    return path
-
-
 @pytest.fixture
 def speech(tmp_path) -> Path:
     """jfk.wav four times, in one file."""
-    samples, rate = soundfile.read(JFK, dtype="int16")
-    soundfile.write(tmp_path / "speech.wav", np.tile(samples, 4), rate)
-    return tmp_path / "speech.wav"
+    return write_clip(tmp_path / "speech.wav", golden_case("long").clips[0])
 
 
 # ---- the answer ----
@@ -57,12 +46,6 @@ def test_a_dash_reads_a_sound_from_stdin(speech, said, monkeypatch):
     case = golden_case("long")
     monkeypatch.setattr("sys.stdin", speech.open())
     out, _ = said("-", "--prompt", case.text, "--greedy", "--max-new-tokens", 16)
-    assert out == case.answer + "\n"
-
-
-def test_without_a_sound_the_prompt_is_a_question_of_text_alone(said):
-    case = golden_case("text_only")
-    out, _ = said("--prompt", case.text, "--greedy", "--max-new-tokens", 24)
     assert out == case.answer + "\n"
 
 
@@ -90,15 +73,16 @@ THINKING = (
     "<|im_start|>user\n<|audio_bos|><|AUDIO|><|audio_eos|>Why?<|im_end|>\n"
     "<|im_start|>assistant\n<think>"
 )
-THINK = JFK, "--prompt", THINKING, "--thinking-budget", 3, "--greedy", "--max-new-tokens", 120
 
 
-def test_a_thought_is_ended_when_its_budget_is_spent_and_can_be_hidden(said):
-    thought = golden_model().ask(JFK, THINKING, temperature=0, max_new_tokens=3)
-    out, _ = said(*THINK)
+def test_a_thought_is_ended_when_its_budget_is_spent_and_can_be_hidden(speech, said):
+    thought = golden_model().ask(speech, THINKING, temperature=0, max_new_tokens=3)
+    options = "--thinking-budget", 3, "--greedy", "--max-new-tokens", 120
+    out, _ = said(speech, "--prompt", THINKING, *options)
     assert out.startswith(thought + THOUGHT_IS_OVER)
     answer = out.partition("</think>.")[2].strip()
-    assert answer and said(*THINK, "--hide-thinking")[0].strip() == answer
+    hidden, _ = said(speech, "--prompt", THINKING, *options, "--hide-thinking")
+    assert answer and hidden.strip() == answer
 
 
 # ---- stderr ----
@@ -128,9 +112,6 @@ def test_quiet_says_nothing_but_that_an_answer_is_cut(speech, said):
 
 @pytest.mark.parametrize("argv, cuda_graph", [([], True), (["--no-cuda-graph"], False)])
 def test_a_cuda_graph_is_asked_for_unless_it_is_switched_off(argv, cuda_graph, said, monkeypatch):
-    parser = Parser("program")
-    add_sampling_options(parser)
-    assert sampling_options(parser.parse_args(argv))["cuda_graph"] is cuda_graph
     given = []
 
     def spy(model, prompt, **options):
@@ -155,19 +136,13 @@ def test_a_cuda_graph_is_asked_for_unless_it_is_switched_off(argv, cuda_graph, s
         (["--prompt", "Hi", "--temperature", "hot"], ["hot"]),
         (["--prompt", "Hi", "--thinking-budget"], ["--thinking-budget"]),
         (["--prompt"], ["--prompt"]),
+        # An adapter is to be merged first.
+        (["--prompt", "Hi", "--lora", "adapter"], ["tools/train.py", "--merge"]),
     ],
 )
-def test_a_wrong_option_is_refused_in_one_line(argv, words, capfd):
-    assert main(arguments(*argv)) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and re.fullmatch(r"moss_min: .{1,380}\n", err)
-    assert all(word in err for word in words) and "usage" not in err
-
-
-def test_an_adapter_is_to_be_merged_first(capfd):
-    assert main(arguments("--prompt", "Hi", "--lora", GOLDEN / "training" / "lora")) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and re.fullmatch(r"moss_min: .*tools/train\.py.*--merge.*\n", err)
+def test_a_wrong_option_is_refused_in_one_line(argv, words, complaint):
+    line = complaint("--model", FOLDER, *argv)
+    assert all(word in line for word in words) and "usage" not in line
 
 
 # ---- how a program ends ----
@@ -187,18 +162,14 @@ def test_what_was_to_be_expected_is_one_line_and_2(error, capsys):
     assert re.fullmatch(r"program: a bc{1,380}\n", capsys.readouterr().err)
 
 
+def test_memory_that_runs_out_is_one_line(capsys):
+    assert end("program", lambda: torch.empty(2**60, dtype=torch.uint8)) == 2
+    assert re.fullmatch(r"program: .*can't allocate memory.*\n", capsys.readouterr().err)
+
+
 def test_any_other_error_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         end("program", lambda: 1 / 0)
-
-
-def test_memory_that_runs_out_is_one_line(monkeypatch, capsys):
-    def generate(*arguments, **options):
-        return torch.empty(2**60, dtype=torch.uint8)
-
-    monkeypatch.setattr(MossAudio, "generate", generate)
-    assert main(arguments("--prompt", "Hi", "--quiet")) == 2
-    assert re.fullmatch(r"moss_min: .*can't allocate memory.*\n", capsys.readouterr().err)
 
 
 # ---- as a process ----
@@ -216,13 +187,14 @@ def test_a_folder_that_is_none_ends_the_process_with_2_and_one_line(tmp_path):
     assert re.fullmatch(rb"moss_min: .*config\.json.*\n", err)
 
 
-def test_what_stdout_can_not_encode_becomes_question_marks_with_a_hint():
+@pytest.mark.parametrize("encoding, hinted", [("ascii", True), ("gb18030", False)])
+def test_what_stdout_can_not_encode_becomes_question_marks_with_a_hint(encoding, hinted):
     case = golden_case("text_only")
     options = "--prompt", case.text, "--greedy", "--max-new-tokens", 24, "--quiet"
-    process = start(*options, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    process = start(*options, env=os.environ | {"PYTHONIOENCODING": encoding})
     out, err = process.communicate()
-    assert (process.returncode, out) == (0, case.answer.encode("ascii", "replace") + b"\n")
-    assert b"PYTHONIOENCODING=utf-8" in err
+    assert (process.returncode, out) == (0, case.answer.encode(encoding, "replace") + b"\n")
+    assert (b"set PYTHONIOENCODING=utf-8" in err) == hinted
 
 
 def test_an_answer_streams_and_a_closed_pipe_ends_it_quietly():

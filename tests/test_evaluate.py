@@ -3,26 +3,24 @@
 import functools
 import json
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import soundfile
 
 import common
 import evaluate
 from common import Example
-from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
+from conftest import FOLDER, GOLDEN, HERE, JFK, edit_json, golden_model, write_clip
+from encoder import load_audio
 from evaluate import align, edit_distance, main, score, split_words, stamped_words
 
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 PLAIN = "Transcribe the audio."
 STAMPED = "Transcribe the audio with timestamps."
 QUESTION = 'When is "seven" said?'
-CHECKPOINT = GOLDEN / "checkpoint"
-MODEL = ("--model", CHECKPOINT, "--device", "cpu", "--max-new-tokens", "8")
+MODEL = ("--model", FOLDER, "--device", "cpu", "--max-new-tokens", "8")
 NOTHING = {"n": 0, "wer": None, "cer": None, "aas_ms": None, "matched": None, "accuracy": None}
 
 
@@ -39,31 +37,17 @@ STAMPED_WORDS = "[0.00]one[1.00][1.00]two[2.00][2.00]three[3.00]"
 SEGMENT = "[0.00]go forward three meters[2.00]"
 CUT = "[0.10]go[0.50][0.50]forward[1.00][1.00]three[1.50][1.50]meters[2.30]"
 TURN = "[0.48]turn[0.80][0.80]left[1.12]"
-FOUR = "turn left ninety degrees"
 TWICE = "[0.00]five[0.40][1.00]five[1.40]"
 # What is measured, in words: lines of (reference, answer), and measures worked out by hand.
 MEASURED = {
     # A substitution in four words, an insertion to one word; not the mean of 1/4 and 1/1.
-    "all edits over all words": (
-        [(FOUR, "turn left lefty degrees"), ("go", "no go")],
-        {"wer": 2 / 5},
-    ),
-    "no edit": ([(FOUR, FOUR)], {"wer": 0, "cer": 0}),
-    "a deletion": ([(FOUR, "turn ninety degrees")], {"wer": 1 / 4}),
-    "deletions alone": ([(FOUR, "")], {"wer": 1}),
-    "a deletion and an insertion": ([(FOUR, "left ninety degrees stop")], {"wer": 2 / 4}),
-    "a rate may pass 1": ([(FOUR, "a b c d e f")], {"wer": 6 / 4}),
+    "all edits over all words": ([("a b c d", "a b x d"), ("go", "no go")], {"wer": 2 / 5}),
+    "a rate may pass 1": ([("go", "a b c")], {"wer": 3}),
     # "turn left" has 9 characters, of which one is wrong; "go", 2, is missing.
     "all characters": ([("turn  left.", "Turn lift!"), ("go", "")], {"cer": 3 / 11}),
     "spaces are characters": ([("turn left", "turnleft")], {"cer": 1 / 9}),
     "stamps are no words": ([(TURN, "turn left"), ("turn left", TURN)], {"wer": 0, "cer": 0}),
     "thoughts are not said": ([("go", "<think>\nstop or go\n</think>\n\ngo")], {"wer": 0}),
-    "a thought without an end": ([("go", "<think>\ngo")], {"wer": 1}),
-    # turn: 20 and 0 ms; left: 40 and 100 ms off.
-    "a mean of shifts": (
-        [(TURN, "[0.50]turn[0.80][0.84]left[1.22]")],
-        {"aas_ms": 160 / 4, "matched": 1},
-    ),
     # 100 and 100; 10 and 30, a word missed, 20 and 60.
     "one mean over all lines": (
         [
@@ -79,7 +63,7 @@ MEASURED = {
     "a reference cut finer": ([(CUT, SEGMENT)], {"aas_ms": 400 / 2, "matched": 1}),
     "a word of a segment": ([(SEGMENT, "[0.10]go forward free meters[2.30]")], {"matched": 3 / 4}),
     "a start without an end": ([("[0.50]go", "[0.70]go[0.90]")], {"aas_ms": 200, "matched": 1}),
-    "a word before all stamps": ([("well [0.00]go[0.50]", "well [0.10]go[0.60]")], {"matched": 1}),
+    "a word before": ([("well [0.0]go[0.5]", "well [0.1]go[0.5]")], {"aas_ms": 50, "matched": 1}),
     "the second of two missed": ([(TWICE, "[0.01]five[0.41]")], {"aas_ms": 10, "matched": 1 / 2}),
     "the first of two missed": ([(TWICE, "[1.01]five[1.41]")], {"aas_ms": 10, "matched": 1 / 2}),
     # Two substitutions, or a deletion, a match of "one" and an insertion.
@@ -121,28 +105,19 @@ def test_words_are_in_lower_case_without_stamps_and_punctuation(text, words):
     assert split_words(evaluate.STAMP.sub(" ", text)) == words
 
 
-def test_words_before_the_first_stamp_have_no_times():
-    times = [(word.text, word.start, word.end) for word in stamped_words("well " + TURN)]
-    assert times == [("well", None, None), ("turn", 480, 800), ("left", 800, 1120)]
-
-
-def slow_distance(a, b) -> int:
+@functools.cache
+def slow_distance(a: str, b: str) -> int:
     """The edit distance by its definition."""
-
-    @functools.cache
-    def distance(i, j):
-        if i == 0 or j == 0:
-            return i + j
-        substituted = distance(i - 1, j - 1) + (a[i - 1] != b[j - 1])
-        return min(distance(i - 1, j) + 1, distance(i, j - 1) + 1, substituted)
-
-    return distance(len(a), len(b))
+    if a == "" or b == "":
+        return len(a + b)
+    substituted = slow_distance(a[1:], b[1:]) + (a[0] != b[0])
+    return min(slow_distance(a[1:], b) + 1, slow_distance(a, b[1:]) + 1, substituted)
 
 
 def test_edit_distance_is_that_of_its_recursive_definition():
     draw = random.Random(0)
     for _ in range(300):
-        a, b = (draw.choices("abc", k=draw.randrange(9)) for _ in range(2))
+        a, b = ("".join(draw.choices("abc", k=draw.randrange(9))) for _ in range(2))
         wanted = slow_distance(a, b)
         assert edit_distance(a, b) == wanted
         assert align(stamped_words(" ".join(a)), stamped_words(" ".join(b))).edits == wanted
@@ -152,21 +127,16 @@ def test_edit_distance_is_that_of_its_recursive_definition():
     ("reference", "answer", "right"),
     [
         ("A bell.", "a  bell", 1),
-        ("A bell.", "a whistle", 0),
         ("A bell.", "a bell rings", 0),
         ("At 2.1 seconds.", "at 2.1 seconds", 1),
         ("At 2.1 seconds.", "At 2.2 seconds.", 0),
-        ("At 2.1 seconds.", "At 21 seconds.", 0),
         ("At 2.1 seconds.", "At 2.10 seconds.", 0),
-        ("At 2.1 seconds.", "At 2 1 seconds.", 0),
         ("[0.48]seven[0.80]", "[0.48]seven[0.80]", 1),
         ("[0.48]seven[0.80]", "[0.48]seven[0.81]", 0),
         ("[0.48]", "seven", 0),
     ],
 )
-def test_accuracy_is_the_share_of_questions_with_the_references_words_and_times(
-    reference, answer, right
-):
+def test_accuracy_is_the_share_of_questions_with_the_same_words_and_times(reference, answer, right):
     measures = scored((reference, answer), ("Yes.", "yes"), question=True)
     assert measures == NOTHING | {"n": 2, "accuracy": (right + 1) / 2}
 
@@ -235,19 +205,20 @@ def said(capfd, *argv) -> str:
     return capfd.readouterr().out
 
 
-def complaint(capfd, *argv) -> str:
+@pytest.fixture
+def complaint(capfd):
     """The one line, after those on progress, of a command line that has to be refused."""
-    assert main([*map(str, argv)]) == 2
-    out, err = capfd.readouterr()
-    lines = err.splitlines()
-    [line] = [line for line in lines if not line.startswith(("loading ", "checked "))]
-    assert (out, line) == ("", lines[-1])
-    assert line.startswith("evaluate: ") and len(line) < 400
-    return line
 
+    def complaint(*argv) -> str:
+        assert main([*map(str, argv)]) == 2
+        out, err = capfd.readouterr()
+        lines = err.splitlines()
+        [line] = [line for line in lines if not line.startswith(("loading ", "checked "))]
+        assert (out, line) == ("", lines[-1])
+        assert line.startswith("evaluate: ") and len(line) < 400
+        return line
 
-def test_answers_are_scored_without_model_and_sounds_into_json(data, answers, capfd):
-    assert json.loads(said(capfd, "--data", data, "--answers", answers, "--json")) == SCORES
+    return complaint
 
 
 def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(data, answers, capfd):
@@ -278,11 +249,8 @@ BAD_LINES = {
     "nested too deep": "[" * 100_000,
     "not UTF-8": '{"text": "\udcff"}',  # surrogateescape: the byte FF
     "no object": [1],
-    "no conversation": {},
-    "a conversation of no messages": {"conversation": ["hello"]},
     "a message without content": {"conversation": [AUDIO, TEXT, {"role": "user"}]},
     "content of another type": {"conversation": [AUDIO, TEXT, message("assistant", "text", 5)]},
-    "a role that is a list": {"conversation": [AUDIO, TEXT, ANSWER, message([], "text", "x")]},
     "no audio": {"conversation": [TEXT, ANSWER]},
     "no prompt": {"conversation": [AUDIO, ANSWER]},
     "an empty prompt": {"conversation": [AUDIO, message("user", "text", " "), ANSWER]},
@@ -295,11 +263,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, capfd):
+def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, complaint):
     data = write_lines(tmp_path / "bad.jsonl", GOOD, "", bad, GOOD, GOOD)
-    assert f"{data}: 1 bad lines: line 3: " in complaint(
-        capfd, "--data", data, "--answers", answers
-    )
+    assert f"{data}: 1 bad lines: line 3: " in complaint("--data", data, "--answers", answers)
 
 
 OF_NO_LINE = [{"id": number, "text": ""} for number in (0, 4, 6, True, "1", None)]
@@ -307,64 +273,58 @@ BAD_ANSWERS = [*OF_NO_LINE, {"id": 1}, {"id": 1, "text": None}, {"id": 5, "text"
 
 
 @pytest.mark.parametrize("bad", BAD_ANSWERS, ids=repr)
-def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, capfd):
+def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, complaint):
     answers = write_lines(tmp_path / "bad.jsonl", {"id": 5, "text": "go"}, bad)
-    assert f"{answers}: 1 bad lines: line 2: " in complaint(
-        capfd, "--data", data, "--answers", answers
-    )
+    assert f"{answers}: 1 bad lines: line 2: " in complaint("--data", data, "--answers", answers)
 
 
-def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, capfd):
+def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, complaint):
     absent = tmp_path / "absent.jsonl"
     empty = write_lines(tmp_path / "empty.jsonl")
-    assert str(absent) in complaint(capfd, "--data", absent, "--answers", answers)
-    assert str(absent) in complaint(capfd, "--data", data, "--answers", absent)
-    assert str(empty) in complaint(capfd, "--data", empty, "--answers", answers)
-    assert str(tmp_path) in complaint(capfd, "--data", tmp_path, "--answers", answers)
+    assert str(absent) in complaint("--data", absent, "--answers", answers)
+    assert str(absent) in complaint("--data", data, "--answers", absent)
+    assert str(empty) in complaint("--data", empty, "--answers", answers)
+    assert str(tmp_path) in complaint("--data", tmp_path, "--answers", answers)
 
 
-def test_arguments_that_make_no_sense_are_refused(data, answers, capfd):
-    assert "not both" in complaint(capfd, "--data", data, "--answers", answers, *MODEL)
-    assert "max_new_tokens is 0" in complaint(capfd, "--data", data, *MODEL, "--max-new-tokens", 0)
-    assert "--data" in complaint(capfd, "--answers", answers)
+def test_arguments_that_make_no_sense_are_refused(data, answers, complaint):
+    assert "not both" in complaint("--data", data, "--answers", answers, *MODEL)
+    assert "max_new_tokens is 0" in complaint("--data", data, *MODEL, "--max-new-tokens", 0)
+    assert "--data" in complaint("--answers", answers)
 
 
 # ---- a model ----
 
 
+def ask(model, folder: Path, clips, prompt: str) -> str:
+    return model.ask([folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8)
+
+
 @pytest.fixture
 def sounds(tmp_path) -> Path:
-    """A folder with sounds and three lines on them: one has two clips, one is a question."""
+    """A folder with a sound and three lines: one has two clips, one is a question."""
     (tmp_path / "sounds").mkdir()
-    shutil.copy(JFK, tmp_path / "sounds" / "long.wav")
-    samples, rate = soundfile.read(JFK, dtype="int16")
-    soundfile.write(tmp_path / "sounds" / "short.wav", samples[: 2 * rate], rate)
-    long, short = Path("sounds/long.wav"), Path("sounds/short.wav")
+    write_clip(tmp_path / "sounds" / "short.wav", load_audio(JFK)[:32_000])
+    short = Path("sounds/short.wav")
     lines = (
         Example("Transcribe.", [short], "ask not", False),
-        Example("Compare.", [long, short], "what", False),
-        Example("Which?", [short], ask(tmp_path, [short], "Which?"), True),
+        Example("Compare.", [JFK, short], "what", False),
+        Example("Which?", [short], ask(golden_model(), tmp_path, [short], "Which?"), True),
     )
     write_lines(tmp_path / "test.jsonl", *map(data_line, lines))
     return tmp_path
 
 
-def ask(folder: Path, clips, prompt: str, model=None) -> str:
-    model = model or golden_model()
-    return model.ask([folder / clip for clip in clips], prompt, temperature=0, max_new_tokens=8)
-
-
 @pytest.mark.parametrize("lora", [None, GOLDEN / "training" / "lora"])
 def test_a_model_is_scored_on_its_greedy_answers_to_the_sounds_beside_the_data(lora, sounds, capfd):
-    change = evaluate.lora_change(lora, CHECKPOINT)
-    model = evaluate.MossAudio.from_pretrained(CHECKPOINT, "cpu", change=change)
+    change = evaluate.lora_change(lora, FOLDER)
+    model = evaluate.MossAudio.from_pretrained(FOLDER, "cpu", change=change)
     lines = evaluate.read_data(sounds / "test.jsonl", need_sound=True)
-    texts = {i: ask(sounds, line.clips, line.prompt, model) for i, line in lines.items()}
+    texts = {i: ask(model, sounds, line.clips, line.prompt) for i, line in lines.items()}
     assert len(set(texts.values())) == 3  # the clips and prompts matter
-    argv = ["--data", sounds / "test.jsonl", *MODEL, "--json"]
-    if lora:
-        argv += ["--lora", lora]
-    assert main([*map(str, argv)]) == 0
+    options = ["--lora", str(lora)] if lora else []
+    data = str(sounds / "test.jsonl")
+    assert main(["--data", data, *map(str, MODEL), "--json", *options]) == 0
     out, err = capfd.readouterr()
     scores = json.loads(out)
     assert scores == score(lines, texts)
@@ -398,14 +358,14 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("kind", [*MISSING, *UNFIT])
-def test_a_bad_line_is_named_before_the_first_is_run(kind, sounds, capfd, monkeypatch):
+def test_a_bad_line_is_named_before_the_first_is_run(kind, sounds, complaint, monkeypatch):
     with open(sounds / "test.jsonl", "a") as file:
         file.write(json.dumps((MISSING | UNFIT)[kind]))
     model = evaluate.MossAudio
     monkeypatch.setattr(model, "ask", lambda *_, **__: pytest.fail("a line was run"))
     if kind in MISSING:
         monkeypatch.setattr(model, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
-    assert "1 bad lines: line 4: " in complaint(capfd, "--data", sounds / "test.jsonl", *MODEL)
+    assert "1 bad lines: line 4: " in complaint("--data", sounds / "test.jsonl", *MODEL)
 
 
 def test_a_context_that_cuts_answers_is_not_told_for_every_line(sounds, checkpoint, capfd, recwarn):
@@ -414,20 +374,16 @@ def test_a_context_that_cuts_answers_is_not_told_for_every_line(sounds, checkpoi
     assert recwarn.list == []
 
 
-def test_a_clip_that_leaves_no_room_for_an_answer_is_named_before_any_is_run(
-    sounds, checkpoint, capfd, monkeypatch
-):
+def test_a_clip_without_room_for_an_answer_is_named(sounds, checkpoint, complaint, monkeypatch):
     _, longest, _ = evaluate.read_data(sounds / "test.jsonl", need_sound=True).values()
     positions = len(golden_model().prompt(longest.prompt, longest.clips).ids)
     edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": positions})
     monkeypatch.setattr(evaluate.MossAudio, "ask", lambda *_, **__: pytest.fail("a line was run"))
-    line = complaint(
-        capfd, "--data", sounds / "test.jsonl", "--model", checkpoint, "--device", "cpu"
-    )
+    line = complaint("--data", sounds / "test.jsonl", *MODEL, "--model", checkpoint)
     assert "1 bad lines: line 2: " in line and str(positions) in line
 
 
-def test_the_file_runs_from_any_folder(data, answers, tmp_path):
+def test_the_file_scores_answers_from_any_folder_without_model_and_sounds(data, answers, tmp_path):
     tool = HERE.parent / "tools" / "evaluate.py"
     command = sys.executable, tool, "--data", data.name, "--answers", answers.name, "--json"
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,7 +1,6 @@
 """tools/voices.py, compose.py and make_tiny.py on a bank of tones: no speech engine is needed."""
 
 import itertools
-import json
 import random
 import re
 import sys
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -65,17 +63,15 @@ def loudness(wave: np.ndarray, start: float, end: float) -> float:
     return np.abs(wave[int(start * RATE) : int(end * RATE)]).mean()
 
 
-# ---- the bank ----
+# ---- the bank and its clips ----
 
 
 def test_the_bank_has_word_times_tightened_to_what_is_heard(bank):
     clip = Bank(bank, held=False).draw_clip(np.random.default_rng(0), "flite", "other")
-    lead = 0.06  # kept before the first word
-    expected = [("one", lead, lead + 0.3), ("two", lead + 0.5, lead + 0.8)]
+    expected = [("one", 0.06, 0.36), ("two", 0.56, 0.86)]  # 0.06 s are kept before one
     for word, (name, start, end) in zip(clip.heard, expected, strict=True):
         assert word.name == name
-        assert word.start == pytest.approx(start, abs=0.015)
-        assert word.end == pytest.approx(end, abs=0.015)
+        assert (word.start, word.end) == pytest.approx((start, end), abs=0.015)
         assert loudness(clip.wave, word.start, word.end) > 0.3
     assert loudness(clip.wave, 0.4, 0.5) < 0.01
 
@@ -97,9 +93,7 @@ def test_a_package_that_is_missing_is_named(name, missing, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setenv("PATH", "")
     assert make_tiny.main(["bank", str(tmp_path), name]) == 2
-    err = capsys.readouterr().err
-    assert missing in err
-    assert "named in tools/voices.py" in err
+    assert missing in capsys.readouterr().err
 
 
 def test_what_festival_says_is_passed_on(tmp_path, monkeypatch, capsys):
@@ -107,9 +101,6 @@ def test_what_festival_says_is_passed_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(voices.subprocess, "run", lambda *_, **__: failed)
     assert make_tiny.main(["bank", str(tmp_path), "festival"]) == 2
     assert "festival: unbound variable : voice_ked; expected" in capsys.readouterr().err
-
-
-# ---- clips ----
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -126,28 +117,27 @@ def test_word_times_of_a_composed_clip_are_where_its_sound_is(seed, bank):
 def test_a_telephone_carries_speech_and_nothing_above_it(seed):
     gains = compose.draw_line(np.array([50, 1000, 2000, 6000]), np.random.default_rng(seed))
     assert gains[0] <= 0
-    assert gains[1] == gains[2] == 0
-    assert gains[3] == -100  # decibels
+    assert list(gains[1:]) == [0, 0, -100]  # decibels
 
 
 def test_what_people_said_is_put_together_with_its_times(tmp_path):
-    (tmp_path / "said").mkdir()
+    said = tmp_path / "said"
+    said.mkdir()
     wave = np.concatenate([np.zeros(RATE // 2), TONE, np.zeros(RATE // 4)])
     for name in ("7", "twenty", "racket"):
-        soundfile.write(tmp_path / "said" / f"{name}.wav", wave, RATE)
-    argv = ["test", str(tmp_path / "said"), str(tmp_path / "test"), "--count", "3"]
-    assert make_tiny.main(argv) == 0
+        soundfile.write(said / f"{name}.wav", wave, RATE)
+    assert make_tiny.main(["test", str(said), str(tmp_path / "test"), "--count=3"]) == 0
     lines = read_json_lines(tmp_path / "test" / "said.jsonl")
     examples = [read_example(value, tmp_path / "test") for _, value in lines]
     stamped = [example for example in examples if example.prompt == STAMPS]
     assert len(stamped) == 3
     for example in stamped:
         wave, _ = soundfile.read(example.clips[0])
-        heard = re.findall(r"\[([\d.]+)\](seven|twenty)\[([\d.]+)\]", example.answer)
+        heard = re.findall(r"\[([\d.]+)\](?:seven|twenty)\[([\d.]+)\]", example.answer)
         assert 2 <= len(heard) <= 8
-        for _, start, end in [(word, float(start), float(end)) for start, word, end in heard]:
-            assert end - start == pytest.approx(0.3, abs=0.041)  # both are rounded to 0.04 s
-            assert loudness(wave, start + 0.03, end - 0.03) > 0.5
+        for start, end in heard:
+            assert float(end) - float(start) == pytest.approx(0.3, abs=0.041)  # steps of 0.04 s
+            assert loudness(wave, float(start) + 0.03, float(end) - 0.03) > 0.5
 
 
 @pytest.mark.slow
@@ -165,26 +155,15 @@ def test_data_for_other_words_have_train_and_test_lines(tmp_path, monkeypatch):
         examples = [read_example(value, tmp_path) for _, value in lines]
         assert len(examples) == 2 * clips
         assert all(example.clips[0].exists() for example in examples)
-        plain = [example.answer for example in examples if example.prompt == PLAIN]
-        words = " ".join(plain).split()
+        words = " ".join(one.answer for one in examples if one.prompt == PLAIN).split()
         assert 0.5 < sum(word in ("apple", "river") for word in words) / len(words) < 0.95
 
 
-# ---- questions and answers ----
+# ---- answers, batches and training ----
 
-HEARD = [
-    Heard("turn", 0.47, 0.81),
-    Heard("left", 0.81, 1.13),
-    Heard(BELL, 2.06, 2.9),
-    Heard("go", 3.0, 3.2),
-]
+TURN_LEFT = [Heard("turn", 0.47, 0.81), Heard("left", 0.81, 1.13)]
+HEARD = [*TURN_LEFT, Heard(BELL, 2.06, 2.9), Heard("go", 3.0, 3.2)]
 DESCRIBED = 'A voice says "turn left". A bell rings at 2.1 seconds. A voice says "go".'
-
-
-def test_answers_have_their_formats():
-    assert compose.transcript(HEARD) == "turn left go"
-    assert compose.stamped(HEARD) == "[0.48]turn[0.80][0.80]left[1.12][3.00]go[3.20]"
-    assert compose.describe(HEARD) == DESCRIBED
 
 
 def test_silence_has_answers_of_its_own():
@@ -192,13 +171,13 @@ def test_silence_has_answers_of_its_own():
     assert compose.describe([]) == "There is silence."
 
 
-def test_every_question_that_can_be_asked_is():
+def test_every_question_that_can_be_asked_is_and_has_its_answer():
     asked = {}
     for seed in range(20):
         asked |= dict(compose.all_questions(HEARD, 4.0, np.random.default_rng(seed)))
     # Not after 2 or 3 seconds, too near to the bell and to "go".
     assert asked == {
-        STAMPS: compose.stamped(HEARD),
+        STAMPS: "[0.48]turn[0.80][0.80]left[1.12][3.00]go[3.20]",
         PLAIN: "turn left go",
         compose.DESCRIBE: DESCRIBED,
         'When is "turn" said?': "At 0.5 seconds.",
@@ -217,17 +196,12 @@ def test_a_description_counts_as_right_by_its_events():
         assert compose.events(wrong) != right
 
 
-# ---- the folder and the batches ----
-
-
-def test_the_cut_tokenizer_cuts_as_qwens_does_and_keeps_the_digits(folder):
+def test_the_cut_tokenizer_cuts_as_qwens_does_and_keeps_the_bytes(folder):
     cut = load_tokenizer(folder)
     whole = load_tokenizer(QWEN3_TOKENIZER)
     for text in make_tiny.TEXTS:
         assert cut.encode(text).tokens == whole.encode(text).tokens
-    assert cut.encode("0123456789").ids == list(range(15, 25))
     assert all(cut.id_to_token(i) == whole.id_to_token(i) for i in range(256))
-    assert cut.get_vocab_size() < 700
 
 
 def test_the_losses_see_what_inference_would(folder, bank):
@@ -242,12 +216,9 @@ def test_the_losses_see_what_inference_would(folder, bank):
         lessons.append(Lesson(log_mel(wave), heard, prompt, answer))
         samples.append(train.make_sample(model, prompt, [wave], answer))
     batch = make_tiny.make_batch(model, lessons)
-    for ids, sample in zip(batch.ids, samples, strict=True):
-        assert torch.equal(ids[: len(sample.ids)], sample.ids)
     hidden, labels = train.hidden_states(model, samples)
     learned = labels[:, 1:] != train.IGNORE
-    weights = torch.ones(model.config.decoder.vocab_size)
-    weights[256:] = 4  # words
+    weights = torch.where(torch.arange(model.config.decoder.vocab_size) < 256, 1.0, 4.0)
     logits = model.lm_head(hidden[:, :-1][learned])
     expected = nn.functional.cross_entropy(logits, labels[:, 1:][learned], weights)
     sound = model.hear(list(batch.mels.split(batch.lengths, dim=1)))
@@ -258,13 +229,10 @@ def test_the_losses_see_what_inference_would(folder, bank):
 def test_several_processes_compose_the_batches_that_one_does(folder, bank):
     args = SimpleNamespace(bank=bank, alone=3, steps=6, seed=0, seconds=8)
     batches = make_tiny.Batches(args, folder, first=1)
-    one = list(DataLoader(batches, batch_size=None, num_workers=1))
-    two = list(DataLoader(batches, batch_size=None, num_workers=2))
+    one, two = (list(DataLoader(batches, None, num_workers=count)) for count in (1, 2))
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
-        assert torch.equal(a.mels, b.mels)
-        assert torch.equal(a.ids, b.ids)
-        assert a.lengths == b.lengths
+        torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=0)
 
 
 def test_a_frame_is_classed_by_word_and_third():
@@ -277,35 +245,24 @@ def test_short_clips_of_a_batch_are_equally_long_and_clips_end_anywhere_in_a_tok
     batches = []
     for seed, done in itertools.product(range(50), (0.1, 1)):
         batches.append(make_tiny.draw_lengths(np.random.default_rng(seed), done, 10))
-    short = [lengths for lengths in batches if max(lengths) <= 400]
-    long = [lengths for lengths in batches if max(lengths) > 400]
     # Or all but the longest would be padded; long ones' chunks are padded to 4 s in any case.
-    assert all(len(set(lengths)) == 1 for lengths in short)
-    assert all(min(lengths) > 400 for lengths in long)
-    for kind in (short, long):
-        assert {length % 8 for length in itertools.chain(*kind)} == set(range(8))
+    assert all(len(set(lengths)) == 1 or min(lengths) > 400 for lengths in batches)
+    assert {length % 8 for length in itertools.chain(*batches)} == set(range(8))
 
 
-# ---- training ----
-
-
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 def test_muon_takes_torchs_steps():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch before 2.9 has no Muon")
     torch.manual_seed(0)
-    shapes = [(4, 6), (6, 4), (4, 6)]
-    ours = [nn.Parameter(torch.arange(24.0).view(shape)) for shape in shapes]
-    theirs = [nn.Parameter(torch.arange(24.0).view(shape)) for shape in shapes]
+    ours = [nn.Parameter(torch.ones(shape)) for shape in [(4, 6), (6, 4), (4, 6)]]
+    theirs = [nn.Parameter(parameter.detach().clone()) for parameter in ours]
     one = make_tiny.Muon([{"params": ours, "lr": 0.02}], weight_decay=0.1)
     other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
+            a.grad = b.grad = torch.randn_like(a)
         one.step()
         other.step()
-        for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-3)  # of steps of 0.02 x 0.2 x 2
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)  # of steps of 0.02 x 0.2 x 2
 
 
 @pytest.fixture
@@ -314,21 +271,15 @@ def run_train(bank, monkeypatch):
     monkeypatch.setattr(make_tiny, "test_hearing", lambda *_: 0.0)
     monkeypatch.setattr(make_tiny, "test_answers", lambda *_: {})
 
-    def run(out: Path, *options: str) -> int:
-        command = ["train", str(bank), str(out), "--seconds", "8", "--device", "cpu"]
-        return make_tiny.main([*command, *options])
-
-    return run
+    command = ["train", str(bank), "--seconds", "8", "--device", "cpu"]
+    return lambda out, *options: make_tiny.main([*command, str(out), *options])
 
 
-@pytest.mark.parametrize(
-    "options, mergers", [([], 3), (["--no-deepstack", "--no-time-markers"], 0)]
-)
-def test_training_writes_a_checkpoint_that_loads(options, mergers, run_train, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--no-deepstack", "--no-time-markers"]], ids=str)
+def test_training_writes_a_checkpoint_that_loads(options, run_train, tmp_path):
     assert run_train(tmp_path, "--alone", "1", "--steps", "2", *options) == 0
     model = MossAudio.from_pretrained(tmp_path, device="cpu")
-    assert sum(p.numel() for p in model.parameters()) < 2_000_000
-    assert len(model.deepstack_audio_merger_list) == mergers
+    assert len(model.deepstack_audio_merger_list) == (0 if options else 3)
     assert model.config.adapter.enable_time_marker == (not options)
 
 
@@ -344,22 +295,12 @@ def test_training_that_is_stopped_goes_on_as_if_it_had_not(run_train, tmp_path, 
             raise KeyboardInterrupt
         learn(training, stage, batch)
 
-    monkeypatch.setattr(make_tiny.Training, "learn", stop)
-    assert run_train(tmp_path / "parts", *stages) == 130
-    monkeypatch.setattr(make_tiny.Training, "learn", learn)
+    with monkeypatch.context() as patched:
+        patched.setattr(make_tiny.Training, "learn", stop)
+        assert run_train(tmp_path / "parts", *stages) == 130
     assert run_train(tmp_path / "parts", *stages) == 0
-    whole = load_file(tmp_path / "whole" / "model.safetensors")
-    parts = load_file(tmp_path / "parts" / "model.safetensors")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-@pytest.mark.slow
-def test_a_training_that_is_over_goes_on_with_more_steps(run_train, tmp_path):
-    for steps in ("2", "4"):
-        assert run_train(tmp_path, "--alone", "1", "--steps", steps) == 0
-    log = (tmp_path / "training" / "log.jsonl").read_text().splitlines()
-    # Each stage ends with a line for each test set, of the voice and of it over the telephone.
-    assert [json.loads(line)["step"] for line in log] == [1, 1, 2, 2, 4, 4]
+    whole, parts = (tmp_path / name / "model.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
 
 
 @pytest.mark.slow
@@ -372,12 +313,8 @@ def test_going_on_with_other_options_is_refused(other, run_train, tmp_path, caps
     assert "a run with another" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "argv", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"], ["train", "x"]]
-)
+@pytest.mark.parametrize("argv", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"]])
 def test_errors_are_one_line(argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert make_tiny.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("make_tiny: ")
-    assert err.count("\n") == 1
+    assert re.fullmatch(r"make_tiny: .+\n", capsys.readouterr().err)

@@ -5,7 +5,6 @@ They are skipped where it is not installed.
 
 # ruff: noqa: E402 (what imports transformers comes after the look whether it is there)
 
-import functools
 import random
 from dataclasses import replace
 
@@ -20,7 +19,7 @@ if transformers.__version__ != "4.57.1":
 from transformers.audio_utils import mel_filter_bank
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
-from conftest import GOLDEN, JFK, QWEN3_TOKENIZER, assert_close
+from conftest import GOLDEN, JFK, QWEN3_TOKENIZER, assert_close, noise
 from encoder import EncoderLayer, load_audio, log_mel, mel_filters
 from moss_min import load_tokenizer, read_config
 from qwen3 import KVCache, Qwen3, Qwen3Config
@@ -28,14 +27,6 @@ from qwen3 import KVCache, Qwen3, Qwen3Config
 # ---- log-mel ----
 
 EXTRACTOR = transformers.WhisperFeatureExtractor(feature_size=128)
-
-
-def noise(samples: int) -> np.ndarray:
-    return np.random.default_rng(samples).standard_normal(samples).astype(np.float32) / 4
-
-
-def tone(hertz: float, samples: int) -> np.ndarray:
-    return np.sin(2 * np.pi * hertz * np.arange(samples) / 16_000).astype(np.float32)
 
 
 SOUNDS = {
@@ -47,7 +38,6 @@ SOUNDS = {
     "barely there": noise(16_000) * np.float32(1e-6),
     "louder than full scale": noise(16_000) * 100,
     "10 s and more of noise": noise(175_999),
-    "440 Hz": tone(440, 16_001),
 }
 LENGTHS = (160, 161, 199, 200, 201, 319, 320, 399, 400, 401, 12_345, 64_000)
 SOUNDS |= {f"noise, {samples} samples": noise(samples) for samples in LENGTHS}
@@ -145,72 +135,32 @@ def decoder_config(hidden, mlp, layers, heads, groups, head_dim, **values) -> Qw
 
 DECODERS = {
     "a key head to two": decoder_config(64, 96, 3, heads=4, groups=2, head_dim=24),
-    "a key head to four": decoder_config(
-        48, 160, 2, heads=8, groups=2, head_dim=32, rope_theta=1e4, rms_norm_eps=1e-5
-    ),
     "one for all, head_dim below hidden / heads": decoder_config(
-        72, 72, 4, heads=3, groups=1, head_dim=10, rms_norm_eps=1e-3
+        72, 72, 4, heads=3, groups=1, head_dim=10, rope_theta=1e4, rms_norm_eps=1e-3
     ),
     "head_dim above hidden / heads": decoder_config(64, 96, 2, heads=4, groups=2, head_dim=128),
 }
 
 
-@functools.cache
-def decoders(name: str) -> tuple[Qwen3, transformers.Qwen3ForCausalLM]:
-    """A decoder of that configuration with random weights, and transformers' with the same."""
-    config = DECODERS[name]
-    oracle = transformers.Qwen3Config(
-        **vars(config), attention_bias=False, tie_word_embeddings=False, attn_implementation="eager"
-    )
-    theirs = transformers.Qwen3ForCausalLM(oracle).eval()
-    randomize(theirs, 0)
-    ours = Qwen3(config)
-    ours.load_state_dict(theirs.model.state_dict())
-    return ours, theirs
-
-
-def random_ids(batch: int, n: int) -> torch.Tensor:
-    return torch.randint(0, 50, (batch, n), generator=torch.Generator().manual_seed(n))
-
-
-each_decoder = pytest.mark.parametrize("name", DECODERS)
-
-
-def new_cache(name: str, batch: int, capacity: int) -> KVCache:
-    return KVCache(DECODERS[name], batch, capacity, torch.zeros(1))
-
-
-@each_decoder
+@pytest.mark.parametrize("name", DECODERS)
 @torch.no_grad()
 def test_a_prefill_and_cached_steps_are_transformers(name):
-    ours, theirs = decoders(name)
-    ids = random_ids(2, 40)
-    cache = new_cache(name, 2, 40)
+    config = DECODERS[name]
+    theirs = transformers.Qwen3Model(
+        transformers.Qwen3Config(**vars(config), attention_bias=False, attn_implementation="eager")
+    ).eval()
+    randomize(theirs, 0)
+    ours = Qwen3(config)
+    ours.load_state_dict(theirs.state_dict())
+    ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = KVCache(config, 2, 40, torch.zeros(1))
     oracle_cache = transformers.DynamicCache(config=theirs.config)
     for start, end in [(0, 30), *((i, i + 1) for i in range(30, 40))]:
         part = ids[:, start:end]
         positions = torch.arange(start, end)[None]
-        expected = theirs.model(part, past_key_values=oracle_cache, use_cache=True)
+        expected = theirs(part, past_key_values=oracle_cache, use_cache=True)
         hidden = ours(ours.embed_tokens(part), positions, cache, end)
         assert_close(hidden, expected.last_hidden_state)
-
-
-@each_decoder
-@torch.no_grad()
-def test_steps_of_rows_that_differ_in_length_are_transformers(name):
-    ours, theirs = decoders(name)
-    ids = random_ids(3, 20)
-    cache = new_cache(name, 3, 20)
-    # Row i's first tokens, and what stands behind them until its own tokens come there.
-    lengths = torch.tensor([[12], [5], [1]])
-    junk = torch.where(torch.arange(12) < lengths, ids[:, :12], 49)
-    ours(ours.embed_tokens(junk), torch.arange(12)[None], cache, 12)
-    expected = theirs.model(ids).last_hidden_state
-    for step in range(8):
-        positions = lengths + step
-        part = ids.gather(1, positions)
-        hidden = ours(ours.embed_tokens(part), positions, cache, int(positions.max()) + 1)
-        assert_close(hidden[:, 0], expected[torch.arange(3), positions[:, 0]])
 
 
 # ---- tokenizer ----
@@ -221,7 +171,6 @@ SLOW = transformers.Qwen2Tokenizer.from_pretrained(QWEN3_TOKENIZER, local_files_
 
 TEXTS = [
     "",
-    "Describe this audio.",
     "  leading, trailing and     inner spaces   ",
     "\n\n\r\n \t\n   \r\r\n\tindented\n",
     # Spaces and line ends of Unicode, some of no width.
@@ -246,7 +195,6 @@ TEXTS = [
     # Control characters, private ones, one that is not assigned.
     "\0\x01\x07\x08\x1b[0m\x7f \ufffd \ue000 \U0010ffff \u0378",
     "def f(x):\n    return x**2  # ¹\n\n\nif __name__ == '__main__':\n\tprint(f(3))\n",
-    "https://example.org/a?b=c&d=%20#e user@example.org C:\\dir\\file.txt $HOME <b>&amp;</b>",
     "!!!...???---___***\n///\r\n;;; \"'`´’ …—–",
     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>",
     "a<think>b </think> c<think></think>d <|im_end|> e\u0301<|im_end|>\u0301f",
@@ -287,13 +235,3 @@ def test_random_texts_are_tokenized_as_transformers_does():
     draw = random.Random(0)
     for _ in range(1000):
         check("".join(draw.choices(PIECES, k=draw.randint(1, 24))))
-
-
-def test_random_ids_are_decoded_as_transformers_does():
-    draw = random.Random(1)
-    vocabulary = range(len(FAST))
-    for _ in range(1500):  # bytes that are no UTF-8 among them
-        ids = draw.choices(vocabulary, k=draw.randint(1, 8)) + draw.choices(range(256), k=2)
-        for skip in (True, False):
-            expected = FAST.decode(ids, skip_special_tokens=skip)
-            assert OURS.decode(ids, skip_special_tokens=skip) == expected, ids

@@ -10,31 +10,30 @@ import struct
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.numpy
-import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-import encoder
 import mistakes
 import parity
 import port
 import stages as stages_of_the_model
-from conftest import GOLDEN, HERE, golden_case, golden_model
-from encoder import log_mel
-from moss_min import MossAudio
+from conftest import GOLDEN, HERE, golden_case, golden_model, golden_prompt, write_clip
+from encoder import EncoderLayer, log_mel
+from moss_min import TINY, MossAudio
+from test_port import PORTS, around_the_clip
 
 CHECKPOINT = GOLDEN / "checkpoint"
 VARIANT = GOLDEN / "variant" / "checkpoint"
-TINY = HERE.parent / "tiny"
-TEXT = "Describe this audio."
 # 518 frames: a full chunk and a tail of 118, which is no multiple of 8, so that its padding shows.
 SAMPLES = 83_000
 WORKSHOP = tempfile.TemporaryDirectory()  # for what is made once
 FOLDER = Path(WORKSHOP.name)
+SOUND = load_file(GOLDEN / "ports" / "waveform.safetensors")["waveform.0"]
 load = functools.cache(MossAudio.from_pretrained)
 
 
@@ -50,73 +49,68 @@ def run(*argv) -> SimpleNamespace:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = parity.main([str(arg) for arg in argv])
     answer = None
-    if "--json" in argv and status < 2:
+    if "--json" in argv:
         answer = json.loads(out.getvalue(), parse_constant=pytest.fail)
         assert status == (not answer["equal"])
-        assert err.getvalue() == ""
     return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue(), answer=answer)
 
 
 def dumped(path: Path, waves, *options) -> Path:
     """A reference for sounds at 16 kHz, by the command line."""
-    files = [path.with_suffix(f".{i}.wav") for i in range(len(waves))]
-    for file, wave in zip(files, waves):
-        soundfile.write(file, wave.numpy(), 16_000, subtype="FLOAT")
+    files = [write_clip(path.with_suffix(f".{i}.wav"), wave) for i, wave in enumerate(waves)]
     made = run("dump", *files, "-o", path, *options)
     assert made.status == 0, made.err
     return path
 
 
 @functools.cache
-def sound() -> torch.Tensor:
-    return load_file(GOLDEN / "ports" / "waveform.safetensors")["waveform.0"]
-
-
-@functools.cache
-def reference(dtype: str = "float32", checkpoint: Path = CHECKPOINT) -> Path:
-    path = FOLDER / f"reference.{checkpoint.parent.name}.{dtype}.safetensors"
-    return dumped(path, [sound()[:SAMPLES]], "--model", checkpoint, "--dtype", dtype)
+def reference(dtype="float32", checkpoint: Path = CHECKPOINT, samples: int = SAMPLES) -> Path:
+    path = FOLDER / f"reference.{checkpoint.parent.name}.{dtype}.{samples}.safetensors"
+    return dumped(path, [SOUND[:samples]], "--model", checkpoint, "--dtype", dtype)
 
 
 @functools.cache
 def ported(*wrong: str, dtype=torch.float32, checkpoint: Path = CHECKPOINT) -> dict:
     """The porter's stages of the reference's run."""
-    ids = load_file(reference(checkpoint=checkpoint))["input_ids"].tolist()
+    ids = load_file(reference(checkpoint=checkpoint))["input_ids"]
     config = load(checkpoint, "auto", "float32").config.adapter
-    before = ids[: ids.index(config.audio_start_id)]
-    after = ids[ids.index(config.audio_end_id) + 1 :]
-    return port.run(checkpoint, sound()[:SAMPLES], before, after, wrong, dtype)
+    text = around_the_clip(ids, config.audio_start_id, config.audio_end_id)
+    return port.run(checkpoint, SOUND[:SAMPLES], *text, wrong, dtype)
 
 
 def part_of(stages: dict, subset: str) -> dict:
-    if subset == "logits":
-        return {"logits": stages["logits"]}
-    if subset == "decoder":
-        names = [name for name in stages if name.startswith("decoder.")]
-        return {name: stages[name] for name in [*names, "final_norm", "logits"]}
-    return stages
+    parts = {"decoder": ("decoder.", "final_norm", "logits"), "logits": "logits"}
+    return {name: x for name, x in stages.items() if name.startswith(parts.get(subset, ""))}
 
 
-def saved(stages: dict, name: str = "port") -> Path:
-    path = FOLDER / f"{name}.safetensors"
+def saved(stages: dict) -> Path:
+    path = FOLDER / "port.safetensors"
     save_file({key: x.contiguous() for key, x in stages.items()}, path)
     return path
 
 
-def compared(stages: dict, *options, model: bool = True) -> dict:
-    if model:
-        options = ("--model", CHECKPOINT, *options)
-    return run("compare", reference(), saved(stages), *options, "--json").answer
+def compared(stages: dict, *options, of: Path | None = None, model=CHECKPOINT) -> dict:
+    with_model = ["--model", model] if model else []
+    files = [of or reference(), saved(stages)]
+    answer = run("compare", *files, *with_model, *options, "--json").answer
+    wrong = [row["name"] for row in answer["stages"] if not row["ok"]]
+    return answer | {"stages": {row["name"]: row for row in answer["stages"]}, "wrong": wrong}
 
 
-def said(stages: dict, *options) -> str:
+def first_wrong(stages: dict, of: Path | None = None, model=CHECKPOINT) -> str | None:
+    """The first stage that differs, which is the same with a model and without."""
+    first = compared(stages, of=of, model=model)["first"]
+    assert compared(stages, of=of, model=None)["first"] == first
+    return first
+
+
+def said(stages: dict) -> str:
     """What compare prints without a model."""
-    return run("compare", reference(), saved(stages), *options).out
+    return run("compare", reference(), saved(stages)).out
 
 
-def diagnosed(stages: dict, checkpoint: Path = CHECKPOINT) -> dict:
-    path = reference(checkpoint=checkpoint)
-    return run("diagnose", path, saved(stages), "--model", checkpoint, "--json").answer
+def diagnosed(stages: dict, of: Path | None = None, model=CHECKPOINT) -> dict:
+    return run("diagnose", of or reference(), saved(stages), "--model", model, "--json").answer
 
 
 def explained(stages: dict) -> str:
@@ -130,16 +124,7 @@ def changed(name: str, change) -> dict:
     return ported() | {name: change(ported()[name])}
 
 
-def row_of(answer: dict, name: str) -> dict:
-    (row,) = [row for row in answer["stages"] if row["name"] == name]
-    return row
-
-
-def wrong_in(answer: dict) -> list[str]:
-    return [row["name"] for row in answer["stages"] if not row["ok"]]
-
-
-# ---- the stages ----
+# ---- dump ----
 
 WALKED = ["short", "three_chunks", "two_audios", "text_only", "no_markers", "variant"]
 
@@ -152,19 +137,8 @@ def test_the_stages_logits_are_the_models_to_the_bit(name, dtype):
     of = stages_of_the_model.Run(model, case.text, case.time_markers, len(case.clips))
     waves = {f"waveform.{i}": wave for i, wave in enumerate(case.clips)}
     stages = dict(stages_of_the_model.compute(of, waves))
-    prompt = model.prompt(case.text, case.clips, case.time_markers)
     with torch.no_grad():
-        assert torch.equal(stages["logits"], model(prompt))
-
-
-@pytest.mark.parametrize("samples", [160, 1_000, 83_000])
-def test_the_log_mel_whose_parts_can_be_replaced_is_the_encoders(samples):
-    wave = sound()[:samples]
-    ours = stages_of_the_model.log_mel(wave)
-    assert torch.equal(ours, encoder.log_mel(wave).float())
-
-
-# ---- dump ----
+        assert torch.equal(stages["logits"], model(golden_prompt(name)))
 
 
 def test_a_dump_has_every_stage_in_order_with_its_axes():
@@ -177,50 +151,36 @@ def test_a_dump_has_every_stage_in_order_with_its_axes():
     # The documents' readers in C++ and Rust look for this.
     assert b'"encoder.stem": {"dtype": "F32", "shape": [65, 48], "data_offsets": [' in data
     assert axes["encoder.conv1"] == "chunks, channels, mel bands, frames"
-    shapes = {name: entry["shape"] for name, entry in header.items()}
-    assert shapes["encoder.conv1"] == [2, 8, 64, 200]
-    assert shapes["logits"] == [131, 320]
-    assert shapes["generated"] == [16]
-    others = {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] != "F32"}
-    assert others == {"input_ids": "I32", "generated": "I32"}
+    entries = {name: (entry["dtype"], *entry["shape"]) for name, entry in header.items()}
+    assert entries["encoder.conv1"] == ("F32", 2, 8, 64, 200)
+    assert entries["logits"] == ("F32", 131, 320)
+    assert entries["generated"] == ("I32", 16)
     begin, end = (8 + length + offset for offset in header["input_ids"]["data_offsets"])
     assert struct.unpack("<131i", data[begin:end]) == tuple(ported()["input_ids"].tolist())
-    assert (metadata["prompt"], metadata["dtype"], metadata["version"]) == (TEXT, "float32", "1")
+    assert (metadata["prompt"], metadata["dtype"]) == ("Describe this audio.", "float32")
     assert json.loads(metadata["chunk_tokens"]) == [50, 15]
-    assert json.loads(metadata["sounds"]) == [parity.digest(sound()[:SAMPLES].numpy().tobytes())]
+    assert json.loads(metadata["sounds"]) == [parity.digest(SOUND[:SAMPLES].numpy().tobytes())]
 
 
-def test_a_bfloat16_runs_stages_are_stored_in_float32():
-    stages = load_file(reference("bfloat16"))
-    for name in ("encoder.layers.5", "decoder.layers.4", "logits"):
-        assert stages[name].dtype == torch.float32
-        assert torch.equal(stages[name], stages[name].bfloat16().float())
-
-
-def test_numpy_opens_a_dump():
-    stages = safetensors.numpy.load_file(reference())
-    assert stages["mel.0"].dtype == np.float32
-    assert torch.equal(torch.from_numpy(stages["mel.0"]), log_mel(sound()[:SAMPLES]).float())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numpy_opens_a_dump_whatever_the_run_computed_in(dtype):
+    stages = safetensors.numpy.load_file(reference(dtype))
+    assert {x.dtype.name for x in stages.values()} == {"float32", "int32"}
+    assert torch.equal(torch.from_numpy(stages["mel.0"]), log_mel(SOUND[:SAMPLES]).float())
+    layer = torch.from_numpy(stages["encoder.layers.5"])
+    assert torch.equal(layer, layer.bfloat16().float()) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("samples, said", [(48_000, "longer than 4 s"), (89_600, "not padded")])
 def test_a_clip_in_which_mistakes_change_nothing_is_warned_of(tmp_path, samples, said):
-    soundfile.write(tmp_path / "clip.wav", np.resize(sound().numpy(), samples), 16_000)
-    made = run("dump", tmp_path / "clip.wav", "-o", tmp_path / "out.safetensors")
-    assert made.status == 0
-    assert said in made.err
+    clip = write_clip(tmp_path / "clip.wav", np.resize(SOUND.numpy(), samples))
+    made = run("dump", clip, "-o", tmp_path / "out.safetensors", "--stages", "mel.*")
+    assert made.status == 0 and said in made.err
 
 
 def test_no_warning_without_a_sound_of_ones_own(tmp_path):
     made = run("dump", "-o", tmp_path / "out.safetensors", "--stages", "mel.*")
     assert (made.status, made.err) == (0, "")
-
-
-@pytest.mark.parametrize("kept", [["waveform.0"], ["mel.0"], ["mel.0", "waveform.0", "logits"]])
-def test_the_stages_of_another_sound_are_called_so(kept):
-    wave = torch.randn(70_000, generator=torch.Generator().manual_seed(0)) / 10
-    other = {"waveform.0": wave, "mel.0": log_mel(wave), "logits": ported()["logits"]}
-    assert "is another sound's" in said({name: other[name] for name in kept})
 
 
 def test_generated_ids_are_upstreams(tmp_path):
@@ -232,95 +192,59 @@ def test_generated_ids_are_upstreams(tmp_path):
 
 def test_chosen_stages_come_with_the_sound_and_the_prompts_ids(tmp_path):
     options = ["--model", CHECKPOINT, "--stages", "encoder.layers.[01],logits"]
-    path = dumped(tmp_path / "r.safetensors", [sound()[:SAMPLES]], *options)
+    path = dumped(tmp_path / "r.safetensors", [SOUND[:SAMPLES]], *options)
     stages = load_file(path)
     names = ["waveform.0", "encoder.layers.0", "encoder.layers.1", "logits"]
     assert stages.keys() == {*names, "input_ids"}
     assert torch.equal(stages["logits"], load_file(reference())["logits"])
-    right = run("compare", path, saved(ported()), "--json").answer
-    assert [row["name"] for row in right["stages"]] == names
+    assert list(compared(ported(), of=path, model=None)["stages"]) == names
     # A model makes up for what the reference lacks.
-    other = saved(changed("encoder", lambda x: x + 0.1))
-    answer = run("compare", path, other, "--model", CHECKPOINT, "--json").answer
-    assert answer["first"] == "encoder"
+    assert compared(changed("encoder", lambda x: x + 0.1), of=path)["first"] == "encoder"
 
 
-def test_stages_go_to_the_file_one_by_one_and_it_appears_at_the_end(tmp_path):
-    path = tmp_path / "r.safetensors"
-    part = tmp_path / "r.safetensors.part"
-    sizes = []
-
-    def stages():
-        for name in ("waveform.0", "adapter"):
-            yield name, torch.zeros(1000, 1000)
-            sizes.append(part.stat().st_size)
-            assert not path.exists()
-
-    parity.write(path, {}, stages(), 2)
-    assert sizes[0] > 4_000_000
-    assert sizes[1] - sizes[0] >= 4_000_000
-    assert not part.exists()
-    assert load_file(path)["adapter"].shape == (1000, 1000)
-
-
-def test_a_dump_that_fails_leaves_the_file_as_it_was(tmp_path):
+def test_a_dump_is_written_stage_by_stage_and_a_failure_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "r.safetensors"
     path.write_text("before")
 
     def stages():
-        yield "logits", torch.zeros(2, 2)
+        for count in (1, 2):
+            yield f"mel.{count}", torch.zeros(1000, 1000)
+            written = sum(file.stat().st_size for file in tmp_path.iterdir())
+            assert written > count * 4_000_000
         raise OSError("no space left")
 
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no space left"):
         parity.write(path, {}, stages(), 2)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
 
-# ---- what is right ----
-
 CASES = [*WALKED, "one_chunk", "scripts", pytest.param("long", marks=pytest.mark.slow)]
 
 
-@functools.cache
-def golden_reference(name: str) -> Path:
-    case = golden_case(name)
-    options = ["--model", GOLDEN / case.checkpoint, "--prompt", case.text]
-    if case.time_markers is False:
-        options.append("--no-time-markers")
-    return dumped(FOLDER / f"{name}.safetensors", case.clips, *options)
-
-
 @pytest.mark.parametrize("name", [*CASES, "short.bfloat16", "three_chunks.bfloat16"])
-def test_upstream_is_equal(name):
+def test_upstream_is_equal(name, tmp_path):
     case = golden_case(name)
-    path = golden_reference(name.removesuffix(".bfloat16"))
-    upstream = saved(case.tensors, name="upstream")
-    for model in ([], ["--model", GOLDEN / case.checkpoint]):
-        answer = run("compare", path, upstream, *model, "--json").answer
-        assert answer["equal"] and answer["first"] is None and answer["since"] is None
-        assert wrong_in(answer) == []
+    model = GOLDEN / case.checkpoint
+    markers = ["--no-time-markers"] if case.time_markers is False else []
+    options = ["--model", model, "--prompt", case.text, *markers]
+    path = dumped(tmp_path / "r.safetensors", case.clips, *options)
+    assert first_wrong(case.tensors, path, model) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("of", ["float32", "bfloat16", "float16"])
 def test_the_right_port_is_equal_in_every_type_to_a_reference_in_every_type(of, dtype):
-    theirs = saved(ported(dtype=dtype))
-    for model in ([], ["--model", CHECKPOINT]):
-        assert run("compare", reference(of), theirs, *model, "--json").answer["equal"]
-    answer = run("diagnose", reference(of), theirs, "--model", CHECKPOINT, "--json").answer
+    stages = ported(dtype=dtype)
+    assert first_wrong(stages, reference(of)) is None
+    answer = diagnosed(stages, reference(of))
     assert answer["mistakes"] == answer["ties"] == []
 
 
-def test_mel_in_single_precision_is_no_mistake_and_told_from_an_epsilon_of_1e_6():
+def test_mel_in_single_precision_is_no_mistake():
     single = ported("mel-single-precision")
-    epsilon = ported("layer-norm-eps")
-    logits = ported()["logits"]
-    effect = (single["logits"] - logits).abs().max() / (epsilon["logits"] - logits).abs().max()
-    assert 0.2 < effect < 5  # of one size
     assert compared(single)["equal"]
     assert diagnosed(single)["mistakes"] == []
-    assert diagnosed(epsilon)["mistakes"] == ["layer-norm-eps"]
     # Too little to tell: nothing, not the wrong thing.
     assert diagnosed(part_of(single, "logits"))["mistakes"] == []
     off = int((single["mel.0"] != ported()["mel.0"]).sum())
@@ -333,10 +257,9 @@ def test_mel_in_single_precision_is_no_mistake_and_told_from_an_epsilon_of_1e_6(
 
 def chunks_of(x: torch.Tensor) -> torch.Tensor:
     """A full chunk and a tail with what is not to be looked at behind it: [2, 52, width]."""
-    parts = []
-    for part in x.split([50, 15]):
-        parts.append(torch.cat([part, torch.full((52 - len(part), x.shape[1]), 7.0)]))
-    return torch.stack(parts)
+    parts = x.split([50, 15])
+    rows = [torch.nn.functional.pad(part, (0, 0, 0, 52 - len(part)), value=7) for part in parts]
+    return torch.stack(rows)
 
 
 LAYOUTS = {
@@ -347,6 +270,7 @@ LAYOUTS = {
     "transposed, read as [chunks, tokens, width]": ("encoder.stem", lambda x: chunks_of(x).mT),
     "encoder.conv2: read transposed": ("encoder.conv2", lambda x: x.permute(0, 2, 3, 1)),
     "of the last position alone": ("logits", lambda x: x[-1:]),
+    "logits: of the last position alone": ("logits", lambda x: x[-1]),
     "without its leading axis, of the last position": ("logits", lambda x: x[None, -1:]),
 }
 
@@ -355,57 +279,37 @@ LAYOUTS = {
 def test_another_layout_is_recognised_used_and_said(words):
     name, layout = LAYOUTS[words]
     stages = changed(name, layout)
-    assert compared(stages)["equal"]
-    assert compared(stages, model=False)["equal"]
+    assert first_wrong(stages) is None
     assert words in said(stages)
-    wrong = stages | {name: stages[name] * 1.01}
-    assert compared(wrong)["first"] == compared(wrong, model=False)["first"] == name
-
-
-def test_logits_of_the_last_position_may_have_one_axis():
-    assert compared(changed("logits", lambda x: x[-1]))["equal"]
-    assert compared(changed("logits", lambda x: x[-1] + 1))["since"] == 130
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
-def test_ids_may_be_of_another_integer_type(dtype):
-    assert compared(changed("input_ids", lambda x: x.to(dtype)[None]))["equal"]
+    assert first_wrong(stages | {name: stages[name] * 1.01}) == name
 
 
 def test_layers_recorded_before_the_injection_are_no_mistake():
     stages = ported("layers-before-injection")
-    assert compared(stages)["equal"]
-    assert compared(stages, model=False)["equal"]
+    assert first_wrong(stages) is None
     assert diagnosed(stages)["equal"]
     assert "decoder.layers.0 to decoder.layers.2: recorded before the injection" in said(stages)
     assert diagnosed(ported("layers-before-injection", "no-qk-norm"))["mistakes"] == ["no-qk-norm"]
-    assert compared(ported("no-deepstack"))["first"] == "decoder.layers.0"
 
 
 CUTS = [lambda x: x[:-1], lambda x: x[:, :-1], lambda x: x[:, None], lambda x: x.flatten()]
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("model", [False, True])
-def test_another_shape_is_a_difference_and_never_cut_to_fit(cut, model):
-    answer = compared(changed("adapter", cut), model=model)
-    assert (answer["first"], answer["since"]) == ("adapter", None)
-    row = row_of(answer, "adapter")
-    assert not row["ok"]
-    assert row["max_rel"] is None
-    assert "adapter has another shape" in said(changed("adapter", cut))
+def test_another_shape_is_a_difference_and_never_cut_to_fit(cut):
+    stages = changed("adapter", cut)
+    assert first_wrong(stages) == "adapter"
+    assert "adapter has another shape" in said(stages)
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_numpys_files_are_read_too(kind, tmp_path):
-    arrays = {}
-    for name, x in ported().items():
-        # As numpy stores bfloat16 where a library has taught it the type: two bytes each.
-        bytes_alone = x.dtype == torch.bfloat16
-        arrays[name] = x.view(torch.int16).numpy().view("V2") if bytes_alone else x.numpy()
+    arrays = {name: x.numpy() for name, x in ported().items() if name != "mel.0"}
+    # As numpy stores bfloat16 where a library has taught it the type: two bytes each.
+    arrays["mel.0"] = ported()["mel.0"].view(torch.int16).numpy().view("V2")
     arrays["adapter"] = arrays["adapter"].astype(np.float16)
     arrays["encoder"] = arrays["encoder"].astype(">f8")
-    arrays["input_ids"] = arrays["input_ids"].astype(np.uint32)
+    arrays["input_ids"] = arrays["input_ids"].astype(np.uint32)[None]
     path = tmp_path / "port.npz"
     np.savez(path, **arrays)
     if kind == "npy":
@@ -414,8 +318,7 @@ def test_numpys_files_are_read_too(kind, tmp_path):
         for name, array in arrays.items():
             np.save(path / f"{name}.npy", array)
     answer = run("compare", reference(), path, "--model", CHECKPOINT, "--json").answer
-    assert answer["equal"]
-    assert len(answer["stages"]) == 25
+    assert answer["equal"] and len(answer["stages"]) == 25
 
 
 def test_a_ports_names_are_mapped(tmp_path):
@@ -425,19 +328,7 @@ def test_a_ports_names_are_mapped(tmp_path):
     names = tmp_path / "map.json"
     names.write_text(json.dumps({"dec_{i}": "decoder.layers.{i}", "l_out": "logits"}))
     answer = compared(stages, "--names", names)
-    assert answer["equal"]
-    assert len(answer["stages"]) == 25
-    assert "Not compared, not in the reference: dec_0" in said(stages)
-
-
-def test_what_is_not_compared_is_listed_and_missing_ids_are_assumed():
-    few = {name: ported()[name] for name in ("encoder.layers.3", "logits")}
-    few["attention_mask"] = torch.ones(1, 131)
-    out = said(few)
-    assert "The port's prompt ids are taken to be the reference's." in out
-    assert "not in the port's file: waveform.0, mel.0, encoder.conv1 to encoder.conv3" in out
-    assert "not in the reference: attention_mask" in out
-    assert "Equal" in out
+    assert answer["equal"] and len(answer["stages"]) == 25
 
 
 def test_generated_ids_are_reported_and_decide_nothing():
@@ -449,27 +340,38 @@ def test_generated_ids_are_reported_and_decide_nothing():
 
 # ---- compare ----
 
+ANOTHER_SOUND = torch.randn(70_000, generator=torch.Generator().manual_seed(0)) / 10
+# What compare says, of which stages.
+SENTENCES = {
+    "token 50 on, the first token of the second chunk": lambda: ported("positions-not-restarted"),
+    "from frame 300 on": lambda: changed("mel.0", lambda x: x + (torch.arange(518) >= 300)),
+    "logits differs from position 130 on, text.": lambda: changed("logits", lambda x: x[-1] + 1),
+    "waveform.0 is another sound's": lambda: changed("waveform.0", lambda x: ANOTHER_SOUND),
+    "mel.0 is another sound's": lambda: {"mel.0": log_mel(ANOTHER_SOUND)},
+    "[375, 64], expected [65, 64] (audio tokens, decoder width); 375 tokens": lambda: {
+        "deepstack.0": ported("mel-30s")["deepstack.0"]
+    },
+    "375 are 30 s: the sound was padded": lambda: ported("mel-30s"),
+    "The port's prompt ids are taken to be the reference's": lambda: part_of(ported(), "logits"),
+    "waveform.0, mel.0, encoder.conv1 to encoder.conv3, ": lambda: part_of(ported(), "decoder"),
+    "not in the reference: mask": lambda: ported() | {"mask": torch.ones(1, 131)},
+}
 
-def test_the_first_difference_is_said_with_its_chunk():
-    stages = ported("positions-not-restarted")
-    answer = compared(stages, model=False)
-    assert (answer["first"], answer["since"]) == ("encoder.stem", 50)
-    sentence = "encoder.stem differs from token 50 on, the first token of the second chunk."
-    assert sentence in said(stages)
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_what_compare_found_is_said_in_a_sentence(sentence):
+    assert sentence in said(SENTENCES[sentence]())
 
 
 def test_each_row_has_its_figures():
-    def spoil(x):
-        x = x.clone()
-        x[40, 3] += 0.5
-        x[60, 7] -= 2
-        return x
-
-    answer = compared(changed("adapter", spoil))
+    spoilt = torch.zeros(65, 64)
+    spoilt[40, 3] = 0.5
+    spoilt[60, 7] = -2
+    answer = compared(changed("adapter", lambda x: x + spoilt))
     assert (answer["first"], answer["since"]) == ("adapter", 40)
-    row = row_of(answer, "adapter")
+    row = answer["stages"]["adapter"]
     right = load_file(reference())["adapter"].double()
-    cosine = torch.nn.functional.cosine_similarity(spoil(right).ravel(), right.ravel(), dim=0)
+    cosine = torch.cosine_similarity((right + spoilt).ravel(), right.ravel(), dim=0)
     assert row["row"] == 60
     assert row["max_abs"] == pytest.approx(2, abs=1e-5)
     assert row["max_rel"] == pytest.approx(2 / right.abs().max().item(), abs=1e-5)
@@ -478,36 +380,26 @@ def test_each_row_has_its_figures():
     assert row["own"] == pytest.approx(row["max_rel"], rel=1e-3)
 
 
-def test_of_mel_a_row_is_a_frame():
-    wrong = compared(changed("mel.0", lambda x: torch.cat([x[:, :300], x[:, 300:] + 1], dim=1)))
-    assert (wrong["first"], wrong["since"]) == ("mel.0", 300)
-
-
 def test_one_wrong_stage_makes_none_after_it_wrong_and_a_second_is_found_behind_it():
     stages = ported("gelu-tanh-stem", "attention-scale")
+    convolutions = [f"encoder.conv{i}" for i in (1, 2, 3)]
     layers = [f"decoder.layers.{i}" for i in range(5)]
-    assert wrong_in(compared(stages)) == [
-        "encoder.conv1",
-        "encoder.conv2",
-        "encoder.conv3",
-        *layers,
-    ]
-    assert len(wrong_in(compared(stages, model=False))) > 15
+    assert compared(stages)["wrong"] == convolutions + layers
+    assert len(compared(stages, model=None)["wrong"]) > 15
 
 
 def test_own_errors_go_on_from_the_nearest_stages_that_the_port_has():
     stages = ported("gelu-tanh-stem", "no-qk-norm")
     names = ["encoder.conv3", "encoder.layers.3", "decoder.layers.1", "logits"]
     few = {name: stages[name] for name in names}
-    assert wrong_in(compared(few)) == ["encoder.conv3", "decoder.layers.1", "logits"]
+    assert compared(few)["wrong"] == ["encoder.conv3", "decoder.layers.1", "logits"]
 
 
 def test_what_is_not_finite_differs_and_is_null_in_json():
     name = "encoder.layers.4"
     answer = compared(changed(name, lambda x: x.index_fill(0, torch.tensor([20]), torch.nan)))
     assert (answer["first"], answer["since"]) == (name, 20)
-    row = row_of(answer, name)
-    assert row["max_abs"] is row["max_rel"] is row["cosine"] is None
+    assert answer["stages"][name]["max_abs"] is None
 
 
 def test_rtol_and_the_ports_dtype_say_what_passes():
@@ -537,88 +429,48 @@ def test_another_prompt_is_the_answer_before_any_number(means):
     stages = changed("encoder", lambda x: x + 1) | {"input_ids": torch.tensor(theirs)}
     since = len(os.path.commonprefix([ours, theirs]))
     answer = compared(stages)
-    assert (answer["first"], answer["since"], answer["stages"]) == ("input_ids", since, [])
+    assert (answer["first"], answer["since"], answer["stages"]) == ("input_ids", since, {})
     assert means in said(stages)
-    assert f"The prompts differ from position {since} on" in said(stages)
-
-
-def test_thirty_seconds_are_recognised():
-    stages = ported("mel-30s")
-    merged = {name: x for name, x in stages.items() if name.startswith("deepstack")}
-    shapes = "[375, 64], expected [65, 64] (audio tokens, decoder width); 375 tokens"
-    assert shapes in said(merged)
-    assert "there are 375 audio tokens, expected 65" in said(stages)
-    assert "375 are 30 s: the sound was padded" in said(stages)
 
 
 # ---- diagnose ----
 
 MISTAKES = [*port.MISTAKES, "layer-norm-eps=1e-3"]
+QUICK = {
+    "all": MISTAKES,
+    "logits": ["layer-norm-eps", "rope-theta-10000"],
+    "bfloat16": ["taps-reversed", "no-qk-norm", "no-time-markers"],
+    "tiny": ["full-clip-attention", "taps-reversed", "no-time-markers", "rope-theta-10000"],
+}
+FOUND = [(where, mistake) for where in QUICK for mistake in QUICK[where]]
+for where in ("decoder", "logits", "variant"):
+    slow = [mistake for mistake in MISTAKES if mistake not in QUICK.get(where, [])]
+    FOUND += [pytest.param(where, mistake, marks=pytest.mark.slow) for mistake in slow]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found(mistake):
-    answer = diagnosed(ported(mistake))
-    assert answer["mistakes"] == [mistake.partition("=")[0]]
-    assert answer["ties"] == []
-    assert answer["after"] < 3e-6 < (answer["before"] or 1)
-
-
-@pytest.mark.parametrize("mistake", ["layer-norm-eps", "rope-theta-10000"])
-def test_a_mistake_is_found_in_logits_alone(mistake):
-    answer = diagnosed(part_of(ported(mistake), "logits"))
-    assert (answer["mistakes"], answer["ties"]) == ([mistake], [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("subset", ["decoder", "logits"])
-def test_every_mistake_is_found_in_a_part_of_the_stages(subset, mistake):
-    answer = diagnosed(part_of(ported(mistake), subset))
+@pytest.mark.parametrize("where, mistake", FOUND)
+def test_a_mistake_is_found(where, mistake):
+    checkpoint = {"variant": VARIANT, "tiny": TINY}.get(where, CHECKPOINT)
+    dtype = torch.bfloat16 if where == "bfloat16" else torch.float32
+    stages = part_of(ported(mistake, dtype=dtype, checkpoint=checkpoint), where)
+    answer = diagnosed(stages, reference(checkpoint=checkpoint), checkpoint)
     assert (answer["mistakes"], answer["ties"]) == ([mistake.partition("=")[0]], [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_found_on_the_variant(mistake):
-    answer = diagnosed(ported(mistake, checkpoint=VARIANT), VARIANT)
-    assert answer["mistakes"] == [mistake.partition("=")[0]]
-
-
-ON_TINY = ["full-clip-attention", "taps-reversed", "no-time-markers", "rope-theta-10000"]
-
-
-@pytest.mark.parametrize("mistake", ON_TINY)
-def test_a_mistake_is_found_on_the_shipped_checkpoint(mistake):
-    assert diagnosed(ported(checkpoint=TINY), TINY)["equal"]
-    assert diagnosed(ported(mistake, checkpoint=TINY), TINY)["mistakes"] == [mistake]
-
-
-PORTS = sorted(path.stem for path in (GOLDEN / "ports").iterdir() if path.stem != "waveform")
-
-
-@functools.cache
-def reference_of_ports() -> Path:
-    return dumped(FOLDER / "ports.safetensors", [sound()], "--model", CHECKPOINT)
+    assert dtype == torch.bfloat16 or answer["after"] < 3e-6 < (answer["before"] or 1)
 
 
 @pytest.mark.parametrize("mistake", PORTS)
 def test_a_mistake_that_upstream_made_is_found(mistake):
-    theirs = GOLDEN / "ports" / f"{mistake}.safetensors"
-    got = run("diagnose", reference_of_ports(), theirs, "--model", CHECKPOINT, "--json")
-    assert got.answer["mistakes"] == [mistake]
+    theirs = load_file(GOLDEN / "ports" / f"{mistake}.safetensors")
+    assert diagnosed(theirs, reference(samples=len(SOUND)))["mistakes"] == [mistake]
 
 
-slowly = pytest.mark.slow
 PAIRS = [
-    ("mel-htk", "no-qk-norm", "all"),
-    ("no-time-markers", "gelu-tanh-layers", "all"),
     ("no-qk-norm", "rope-interleaved", "all"),
-    pytest.param("full-clip-attention", "rope-interleaved", "all", marks=slowly),
-    pytest.param("query-scaled-before-bias", "deepstack-one-layer-late", "all", marks=slowly),
-    pytest.param("mel-30s", "no-time-markers", "all", marks=slowly),
-    pytest.param("mel-htk", "no-qk-norm", "logits", marks=slowly),
-    pytest.param("full-clip-attention", "rope-interleaved", "logits", marks=slowly),
+    ("full-clip-attention", "rope-interleaved", "all"),
+    ("query-scaled-before-bias", "deepstack-one-layer-late", "all"),
+    ("mel-30s", "no-time-markers", "all"),
+    ("mel-htk", "no-qk-norm", "logits"),
+    ("full-clip-attention", "rope-interleaved", "logits"),
 ]
 
 
@@ -626,8 +478,7 @@ PAIRS = [
 @pytest.mark.parametrize("first, second, subset", PAIRS)
 def test_two_mistakes_at_once_are_found(first, second, subset):
     answer = diagnosed(part_of(ported(first, second), subset))
-    assert sorted(answer["mistakes"]) == sorted([first, second])
-    assert answer["ties"] == []
+    assert (sorted(answer["mistakes"]), answer["ties"]) == (sorted([first, second]), [])
     assert answer["after"] < 3e-6
 
 
@@ -635,8 +486,8 @@ def test_what_cannot_be_told_apart_is_a_tie_and_no_mistake():
     # Layer 0 has no rows with either.
     stages = {"decoder.layers.0": ported("no-deepstack")["decoder.layers.0"]}
     answer = diagnosed(stages)
-    assert answer["mistakes"] == []
-    assert answer["ties"] == [["no-deepstack", "deepstack-one-layer-late"]]
+    ties = [["no-deepstack", "deepstack-one-layer-late"]]
+    assert (answer["mistakes"], answer["ties"]) == ([], ties)
     out = explained(stages)
     assert "no-deepstack or deepstack-one-layer-late explains it" in out
     assert "can't tell these apart; decoder.layers.1 to decoder.layers.3 could" in out
@@ -652,49 +503,29 @@ def test_what_no_known_mistake_explains_is_said_with_where_to_look():
     assert "DecoderLayer and Qwen3.forward in qwen3.py" in out
     assert "Equal" in explained(part_of(stages, "logits"))
     few = {name: stages[name] for name in ("decoder.layers.0", "decoder.layers.2")}
-    lacking = "decoder.layers.1, input_ids, deepstack.2"
-    assert f"let the port write what decoder.layers.2 is computed from: {lacking}" in explained(few)
+    lacking = "what decoder.layers.2 is computed from: decoder.layers.1, input_ids, deepstack.2"
+    assert lacking in explained(few)
 
 
 def test_a_known_mistake_is_found_beside_one_that_is_not_known():
-    stages = dict(ported("rope-theta-10000"))
-    stages["encoder.layers.3"] = stages["encoder.layers.3"] * 1.01
-    answer = diagnosed(stages)
+    layer = {"encoder.layers.3": ported()["encoder.layers.3"] * 1.01}
+    answer = diagnosed(ported("rope-theta-10000") | layer)
     assert answer["mistakes"] == ["rope-theta-10000"]
     assert answer["after"] > 0.005
 
 
 def test_the_answer_names_the_mistake_how_well_it_explains_and_what_is_right():
     out = explained(ported("full-clip-attention"))
-    falls = "the largest difference falls from another shape to "
-    assert f"full-clip-attention explains it: {falls}" in out
+    assert "full-clip-attention explains it: the largest difference falls from another shape" in out
     assert "Right: over chunks of 4 s" in out
-    assert "encoder.py, split_chunks" in out
 
 
-def test_what_a_mistake_does_not_change_is_not_computed_again(monkeypatch):
-    calls = []
-    forward = encoder.EncoderLayer.forward
-
-    def counted(*args):
-        calls.append(1)
-        return forward(*args)
-
-    monkeypatch.setattr(encoder.EncoderLayer, "forward", counted)
-    assert diagnosed(ported("rope-interleaved"))["mistakes"] == ["rope-interleaved"]
+def test_what_a_mistake_does_not_change_is_not_computed_again():
+    forward = EncoderLayer.forward
+    with mock.patch.object(EncoderLayer, "forward", autospec=True, side_effect=forward) as calls:
+        assert diagnosed(ported("rope-interleaved"))["mistakes"] == ["rope-interleaved"]
     # One for each layer's own error, and none for any of the mistakes tried.
-    assert len(calls) == 6
-
-
-def test_every_mistake_is_taken_away_again():
-    of = stages_of_the_model.Run(golden_model(), TEXT, None, 1)
-    given = {"waveform.0": sound()[:SAMPLES]}
-    before = dict(stages_of_the_model.compute(of, given))
-    for mistake in mistakes.MISTAKES:
-        with mistakes.made(of, [mistake]):
-            pass
-    after = dict(stages_of_the_model.compute(of, given))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert calls.call_count == 6
 
 
 def test_the_table_has_the_porters_mistakes_and_names_places_that_exist():
@@ -706,32 +537,24 @@ def test_the_table_has_the_porters_mistakes_and_names_places_that_exist():
             assert re.search(rf"(def|class) {name}\b", module), mistake.id
 
 
-SMALL = {"gelu-tanh-stem", "gelu-tanh-layers", "layer-norm-eps", "layer-norm-eps=1e-3"}
-# The mistakes that are smaller than a type's rounding, with all stages.
-DROWNED = {
-    torch.float16: SMALL,
-    torch.bfloat16: SMALL | {"mel-float32", "rope-bfloat16-angles"},
-}
+# The mistakes that are larger than a type's rounding, with all stages.
+SMALL = ["gelu-tanh-stem", "gelu-tanh-layers", "layer-norm-eps", "layer-norm-eps=1e-3"]
+SMALLER = [*SMALL, "mel-float32", "rope-bfloat16-angles"]
+LARGE = [(torch.float16, name) for name in MISTAKES if name not in SMALL]
+LARGE += [(torch.bfloat16, name) for name in MISTAKES if name not in SMALLER]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DROWNED, ids=str)
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_shows_in_sixteen_bits_if_it_is_larger_than_their_rounding(mistake, dtype):
-    assert compared(ported(mistake, dtype=dtype))["equal"] == (mistake in DROWNED[dtype])
-
-
-@pytest.mark.parametrize("mistake", ["taps-reversed", "no-qk-norm", "no-time-markers"])
-def test_a_mistake_is_found_in_bfloat16(mistake):
-    assert diagnosed(ported(mistake, dtype=torch.bfloat16))["mistakes"] == [mistake]
+@pytest.mark.parametrize("dtype, mistake", LARGE)
+def test_a_mistake_larger_than_their_rounding_shows_in_sixteen_bits(dtype, mistake):
+    assert not compared(ported(mistake, dtype=dtype))["equal"]
 
 
 def test_mel_is_held_to_float32_in_every_type_but_for_a_rounding_that_comes_later():
     stages = ported(dtype=torch.bfloat16)
-    half = ported(dtype=torch.float16)
     unrounded = {"mel.0": ported("mel-float32")["mel.0"]}
     assert compared(stages | unrounded)["equal"]
-    assert compared(half | unrounded)["first"] == "mel.0"
+    assert compared(ported(dtype=torch.float16) | unrounded)["first"] == "mel.0"
     wrong = {"mel.0": ported("mel-symmetric-window")["mel.0"]}
     assert compared(stages | wrong)["first"] == "mel.0"
 
@@ -743,18 +566,14 @@ def spoilt(folder: Path) -> None:
     """Files that can't be used, each in its own way."""
     (folder / "map.json").write_text('{"adapter": 3}')
     (folder / "both.json").write_text('{"encoder": "adapter"}')
-    (folder / "text.npz").write_text("no zip")
     (folder / "text.bin").write_text("?")
     (folder / "cut.safetensors").write_bytes(saved(ported()).read_bytes()[:5000])
     np.savez(folder / "objects.npz", adapter=np.array([{}]))
-    np.savez(folder / "complex.npz", adapter=np.ones(3, complex))
     floats = {"input_ids": torch.ones(131), "logits": torch.ones(1, 320)}
     save_file(floats, folder / "float_ids.safetensors")
     save_file({"weight": torch.ones(1)}, folder / "other.safetensors")
     save_file({"deepstack.7": torch.ones(1)}, folder / "none.safetensors")
-    for version in ("0", "1"):
-        metadata = {"format": "moss-min parity", "version": version}
-        save_file(floats, folder / f"version{version}.safetensors", metadata)
+    save_file(floats, folder / "old.safetensors", {"format": "moss-min parity", "version": "0"})
 
 
 # The command line, with R for the reference and P for a right port -> words of the answer.
@@ -763,14 +582,11 @@ REFUSED = {
     "compare R cut.safetensors": "can't be read: Error while deserializing",
     "compare R missing.safetensors": "No such file",
     "compare R text.bin": "expected a .safetensors, an .npz or a folder of .npy",
-    "compare R text.npz": "text.npz can't be read",
     "compare R objects.npz": "objects.npz can't be read",
-    "compare R complex.npz": "adapter is torch.complex128",
     "compare R float_ids.safetensors": "input_ids is torch.float32 [131]; expected integers",
     "compare R other.safetensors": "none of its 1 tensors (weight) has the name of a stage",
     "compare R none.safetensors": "no stage is in both files",
-    "compare version0.safetensors P": "is of version 0; expected 1",
-    "compare version1.safetensors P": "its metadata is damaged (KeyError('axes'))",
+    "compare old.safetensors P": "is of version 0; expected 1",
     "compare R P --names map.json": 'expected an object, {"port\'s name"',
     "compare R P --names nothing.json": "nothing.json can't be read",
     "compare R P --names both.json": "two of its tensors are adapter",
@@ -781,17 +597,14 @@ REFUSED = {
     "dump -o o --model CHECKPOINT --prompt Hi --dtype half": "dtype is 'half'",
     "dump -o o --model CHECKPOINT --prompt Hi --stages decoder.layer.*": "decoder.layer.* is none",
     "dump -o o --model CHECKPOINT --prompt Hi --max-new-tokens 0": "max_new_tokens is 0",
-    "compere R P": "invalid choice: 'compere'",
 }
 
 
 def test_what_cannot_be_used_is_one_clear_line_and_status_2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spoilt(tmp_path)
-    names = {"R": reference(), "VARIANT": VARIANT, "CHECKPOINT": CHECKPOINT}
-    names["P"] = saved(ported())
+    names = {"R": reference(), "P": saved(ported()), "VARIANT": VARIANT, "CHECKPOINT": CHECKPOINT}
     for line, words in REFUSED.items():
         got = run(*[names.get(word, word) for word in line.split()])
-        assert got.status == 2 and got.out == "", line
-        assert got.err.startswith("parity.py: ") and got.err.count("\n") == 1, got.err
-        assert words in got.err, got.err
+        assert (got.status, got.out) == (2, ""), line
+        assert re.fullmatch(rf"parity.py: .*{re.escape(words)}.*\n", got.err), got.err

@@ -21,11 +21,10 @@ BFLOAT16 = [name for name in CASES if name.endswith(".bfloat16")]
 PORTS = sorted(path.stem for path in (GOLDEN / "ports").iterdir() if path.stem != "waveform")
 
 
-def around_the_clip(ids: torch.Tensor) -> tuple[list[int], list[int]]:
-    """The ids of a golden prompt's text before and after its one clip."""
-    start = ids.tolist().index(306)
-    end = ids.tolist().index(307)
-    return ids[:start].tolist(), ids[end + 1 :].tolist()
+def around_the_clip(ids: torch.Tensor, start=306, end=307) -> tuple[list[int], list[int]]:
+    """The ids of a prompt's text before and after its one clip."""
+    ids = ids.tolist()
+    return ids[: ids.index(start)], ids[ids.index(end) + 1 :]
 
 
 @functools.cache
@@ -103,23 +102,15 @@ def test_the_porter_is_as_wrong_as_upstream_with_the_same_mistake(mistake):
         assert largest_error(stages[key], upstream[key]) <= 1e-5
 
 
-# The first stage that a mistake changes.
-FIRST = dict.fromkeys(port.MISTAKES, "decoder.layers.0")
-FIRST |= {mistake: "mel.0" for mistake in port.MISTAKES if mistake.startswith("mel-")}
-FIRST |= {
-    "full-clip-attention": "encoder.conv1",
-    "tail-not-padded": "encoder.conv1",
-    "gelu-tanh-stem": "encoder.conv1",
-    "positions-not-restarted": "encoder.stem",
-    "stem-mel-major": "encoder.stem",
-    "gelu-tanh-layers": "encoder.layers.0",
-    "query-scaled-before-bias": "encoder.layers.0",
-    "layer-norm-eps": "encoder.layers.0",
-    "tap-one-layer-early": "deepstack.0",
-    "taps-reversed": "deepstack.0",
-    "taps-after-norm": "deepstack.0",
-    "gate-up-swapped": "adapter",
-    "no-time-markers": "input_ids",
+# The first stage that a mistake changes; of the others, it is the decoder's first layer.
+FIRST = {
+    "mel.0": [mistake for mistake in port.MISTAKES if mistake.startswith("mel-")],
+    "encoder.conv1": ["full-clip-attention", "tail-not-padded", "gelu-tanh-stem"],
+    "encoder.stem": ["positions-not-restarted", "stem-mel-major"],
+    "encoder.layers.0": ["gelu-tanh-layers", "query-scaled-before-bias", "layer-norm-eps"],
+    "deepstack.0": ["tap-one-layer-early", "taps-reversed", "taps-after-norm"],
+    "adapter": ["gate-up-swapped"],
+    "input_ids": ["no-time-markers"],
 }
 
 
@@ -129,7 +120,8 @@ def test_a_mistake_changes_a_stage_none_before_it_and_the_logits(mistake):
     stages = wrong(mistake)
     assert list(stages) == list(right)
     changed = [key for key in right if not identical(stages[key], right[key])]
-    assert changed[0] == FIRST[mistake]
+    first = [stage for stage, those in FIRST.items() if mistake in those]
+    assert changed[:1] == (first or ["decoder.layers.0"])
     logits = stages["logits"]
     assert logits.shape != right["logits"].shape or largest_error(logits, right["logits"]) > 1e-5
 
@@ -146,18 +138,8 @@ def test_a_tail_of_8_n_frames_need_not_be_padded():
 
 def test_the_norms_epsilon_can_be_chosen():
     right = wrong()["encoder"]
-    assert torch.equal(wrong("layer-norm-eps=1e-6")["logits"], wrong("layer-norm-eps")["logits"])
-    small = largest_error(wrong("layer-norm-eps=1e-6")["encoder"], right)
-    large = largest_error(wrong("layer-norm-eps=1e-3")["encoder"], right)
-    assert large > 50 * small  # 1e-3 - 1e-5 over 1e-5 - 1e-6 is 110
-
-
-def test_two_mistakes_are_made_at_once():
-    both = wrong("mel-htk", "no-qk-norm")
-    assert torch.equal(both["inputs_embeds"], wrong("mel-htk")["inputs_embeds"])
-    for one in ("mel-htk", "no-qk-norm"):
-        layer = wrong(one)["decoder.layers.0"]
-        assert largest_error(both["decoder.layers.0"], layer) > 0.01
+    small = largest_error(wrong("layer-norm-eps")["encoder"], right)
+    assert largest_error(wrong("layer-norm-eps=1e-3")["encoder"], right) > 50 * small  # or 110
 
 
 def test_a_mistake_that_is_not_in_the_table_is_refused():
@@ -171,11 +153,7 @@ def test_a_mistake_that_is_not_in_the_table_is_refused():
 def test_mel_in_single_precision_is_one_bfloat16_step_off_here_and_there():
     right = wrong()["mel.0"]
     mel = wrong("mel-single-precision")["mel.0"]
-    off = mel != right
-    assert mel.dtype == torch.bfloat16
-    assert 0 < off.sum() < 100  # of 66,304; seen: 18
-    steps = (mel.view(torch.int16).int() - right.view(torch.int16).int()).abs()
-    assert (steps[off & (right.abs() > 1e-3)] == 1).all()
+    assert 0 < (mel != right).sum() < 100  # of 66,304; seen: 18
     # Near 0 a step is smaller than float32's error: there it is several.
     step = torch.finfo(torch.bfloat16).eps * right.float().abs().clamp(min=1e-3)
     assert ((mel.float() - right.float()).abs() <= step).all()

@@ -1,4 +1,4 @@
-"""Sound files and arrays to a waveform, and a waveform to its log-mel, against worked numbers.
+"""Sound files and arrays to a waveform, and a waveform to its log-mel, against known numbers.
 
 The tests that need ffmpeg (m4a, mp4, webm ...) are skipped where there is none on the PATH.
 """
@@ -15,16 +15,12 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from conftest import GOLDEN, JFK, needs_proc, numbers_from
-from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_filters, mel_spectrum, resample
+from conftest import GOLDEN, JFK, needs_proc, noise, numbers_from
+from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_spectrum, resample
 
 # ---- resampling ----
 
 TORCHAUDIO = load_file(GOLDEN / "resampling.safetensors")
-
-
-def noise(samples: int) -> np.ndarray:
-    return (0.25 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
@@ -34,35 +30,6 @@ def test_resampling_gives_torchaudios_figures(rate):
     assert ours.dtype == torch.float32
     # A few float32 roundings of sums below 1.
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-
-
-def interpolate(sound: np.ndarray, rate: int, sample: int) -> float:
-    """One output sample by section 3.2 of the specification, in float64 but for t, as there.
-
-    At an odd rate t would be up to 1e-3 away in float64, and the result up to 1e-4.
-    """
-    divisor = math.gcd(rate, 16_000)
-    old = rate // divisor
-    new = 16_000 // divisor
-    cutoff = 0.99 * min(old, new)
-    width = math.ceil(6 * old / cutoff)
-    first, phase = divmod(sample, new)
-    i = np.arange(-width, width + old, dtype=np.float32)
-    t = np.float32(cutoff) * (i / np.float32(old) - np.float32(phase) / np.float32(new))
-    t = np.clip(t.astype(np.float64), -6, 6)
-    taps = cutoff / old * np.sinc(t) * np.cos(np.pi * t / 12) ** 2
-    padded = np.concatenate([np.zeros(width), sound, np.zeros(width + old)])
-    return taps @ padded[old * first : old * first + len(taps)]
-
-
-def test_an_odd_rate_is_resampled_by_the_formula():
-    sound = noise(50_000)
-    ours = resample(torch.from_numpy(sound), 44_101)
-    assert len(ours) == 18_141  # 50,000 x 16,000 / 44,101 = 18,140.2
-    samples = [0, 1, 7, 12_345, 15_999, 16_000, 16_001, 18_130, 18_138, 18_139, 18_140]
-    expected = torch.tensor([interpolate(sound, 44_101, sample) for sample in samples])
-    # Float32 sums of 14 products below 1.
-    torch.testing.assert_close(ours[samples], expected.float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +93,7 @@ LOSSY = 2e-2  # what a codec leaves out
 @pytest.mark.parametrize(
     "container, rate, channels, tolerance",
     [
-        ("WAV", 16_000, 1, EXACT),
+        ("WAV", 44_101, 1, EXACT),  # an odd rate: 16,000 filters
         ("WAV", 96_000, 6, EXACT),
         ("FLAC", 48_000, 3, EXACT),
         ("OGG", 48_000, 1, LOSSY),
@@ -145,15 +112,13 @@ def test_a_file_becomes_16_khz_with_its_channels_averaged(
     torch.testing.assert_close(wave[edge:-edge], expected[edge:-edge], rtol=0, atol=tolerance)
 
 
-def test_a_path_may_be_a_string_or_an_open_file():
-    assert torch.equal(load_audio(str(JFK)), load_audio(JFK))
+def test_a_sound_may_be_a_string_an_open_file_or_a_pipe_that_cannot_seek():
+    expected = load_audio(JFK)
+    assert torch.equal(load_audio(str(JFK)), expected)
     with open(JFK, "rb") as file:
-        assert torch.equal(load_audio(file), load_audio(JFK))
-
-
-def test_a_pipe_that_cannot_seek_loads():
+        assert torch.equal(load_audio(file), expected)
     with subprocess.Popen(["cat", JFK], stdout=subprocess.PIPE) as process:
-        assert torch.equal(load_audio(process.stdout), load_audio(JFK))
+        assert torch.equal(load_audio(process.stdout), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -216,10 +181,9 @@ def test_what_is_not_sound_is_refused_with_ffmpeg_and_without(name, tmp_path, mo
     assert "<" not in sentence  # no address in memory, which would differ from run to run
 
 
-@pytest.mark.parametrize("name, reason", [("missing.wav", "No such file"), ("", "directory")])
-def test_what_is_no_file_is_refused_by_its_name(name, reason, tmp_path):
-    sentence = refusal(tmp_path / name)
-    assert str(tmp_path / name) in sentence and reason in sentence
+def test_a_folder_in_place_of_a_sound_is_refused_by_its_name(tmp_path):
+    sentence = refusal(tmp_path)
+    assert str(tmp_path) in sentence and "directory" in sentence
     assert "expected a sound file" in sentence
 
 
@@ -284,27 +248,15 @@ FORMATS = {
 }
 
 
-def likeness(wave: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest correlation of two sounds over shifts up to 0.2 s, which decoders may make."""
-    n = min(len(wave), len(other))
-    a, b = (torch.fft.rfft(sound, 2 * n) for sound in (wave[:n], other[:n]))
-    products = torch.fft.irfft(a * b.conj(), 2 * n)
-    near = torch.cat([products[:3200], products[-3200:]])
-    return float(near.max() / (wave[:n].norm() * other[:n].norm()))
-
-
 @needs_ffmpeg
 @pytest.mark.parametrize("name", FORMATS)
 def test_ffmpeg_reads_the_whole_sound(name, tmp_path):
     wave = load_audio(make(tmp_path / name, *FORMATS[name]))
     original = load_audio(JFK)
     assert abs(len(wave) - len(original)) <= 2048  # a codec's frame of 1024 at either end
-    assert likeness(wave, original) > 0.98
-
-
-@needs_ffmpeg
-def test_ffmpeg_loses_nothing_of_lossless_sound(tmp_path):
-    assert torch.equal(load_audio(make(tmp_path / "lossless.m4a", "-c:a", "alac")), load_audio(JFK))
+    # A decoder may shift the sound, which these do not show.
+    magnitudes = [torch.fft.rfft(sound, 200_000).abs() for sound in (wave, original)]
+    assert torch.cosine_similarity(*magnitudes, dim=0) > 0.98
 
 
 @needs_ffmpeg
@@ -321,10 +273,10 @@ NAMES = ["with spaces.m4a", "http:colon.m4a", "concat:a|b.m4a", "-i.m4a", "50%d.
 
 
 @needs_ffmpeg
-def test_ffmpeg_reads_a_file_whatever_its_name(tmp_path, monkeypatch):
+def test_ffmpeg_reads_lossless_sound_to_the_bit_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plain = make(tmp_path / "plain.m4a", *AAC)
-    expected = load_audio(plain)
+    plain = make(tmp_path / "plain.m4a", "-c:a", "alac")
+    expected = load_audio(JFK)
     for name in NAMES:
         plain = plain.rename(name)
         assert torch.equal(load_audio(name), expected), name
@@ -364,50 +316,3 @@ def test_a_log_mel_has_a_frame_for_every_whole_hop_and_is_bfloat16_made_of_float
     spectrum = mel_spectrum(noise(samples))
     assert mel.shape == spectrum.shape == (128, frames)
     assert mel.dtype == torch.bfloat16 and spectrum.dtype == np.float32
-
-
-@pytest.mark.parametrize("samples", [1600, 170])
-def test_the_log_mel_is_a_fourier_transform_written_out(samples):
-    wave = noise(samples).astype(np.float64)
-    # Reflected at both ends without repeating the end itself, again and again if it is short.
-    there_and_back = np.concatenate([wave, wave[-2:0:-1]])
-    padded = there_and_back[np.arange(-200, samples + 200) % len(there_and_back)]
-    n = np.arange(400)
-    window = 0.5 - 0.5 * np.cos(2 * np.pi * n / 400)
-    angles = 2 * np.pi * np.outer(np.arange(201), n) / 400
-    expected = np.empty((128, samples // 160))
-    for i in range(samples // 160):
-        frame = padded[160 * i : 160 * i + 400] * window
-        power = (np.cos(angles) @ frame) ** 2 + (np.sin(angles) @ frame) ** 2
-        expected[:, i] = np.log10(mel_filters() @ power)
-    expected = np.maximum(expected, expected.max() - 8) / 4 + 1
-    # The spectrum is rounded to complex64, and the result to float32.
-    got = mel_spectrum(wave.astype(np.float32))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6)
-
-
-# 130 points, evenly spaced from 0 to 15 + 27 ln(8) / ln(6.4) = 45.245641 mel, are 0.350741 mel
-# apart: below 1000 Hz (15 mel), where a mel is 66.667 Hz, by 23.383 Hz, above it by the factor
-# 6.4 ** (0.350741 / 27). Bins are 40 Hz apart.
-@pytest.mark.parametrize(
-    "filter, bin, value",
-    [
-        (0, 0, 0.0),
-        (0, 1, (46.765456 - 40) / 23.382728 * 2 / 46.765456),  # falling from 23.38 to 46.77 Hz
-        (1, 1, (40 - 23.382728) / 23.382728 * 2 / 46.765456),  # rising from 23.38 to 46.77 Hz
-        (2, 1, 0.0),  # from 46.77 Hz on
-        (127, 200, 0.0),  # 8000 Hz, where it ends
-        # Falling from 7809.395 to 8000 Hz, begun at 7623.331 Hz.
-        (127, 198, (8000 - 7920) / 190.605 * 2 / 376.669),
-    ],
-)
-def test_a_mel_filter_has_the_value_that_slaneys_scale_gives(filter, bin, value):
-    assert mel_filters()[filter, bin] == pytest.approx(value, rel=1e-5)
-
-
-def test_nothing_is_more_than_80_decibels_below_the_clips_loudest_value():
-    mel = mel_spectrum(np.concatenate([noise(8000), np.zeros(8000, np.float32)]))
-    # 80 dB are 8 in log10, and a quarter of it 2.
-    assert mel.min() == mel[:, 60:].max() == pytest.approx(mel.max() - 2)
-    # Silence is (log10(1e-10) + 4) / 4.
-    assert (mel_spectrum(np.zeros(1600, np.float32)) == -1.5).all()

@@ -1,7 +1,7 @@
 """tools/train.py and lora.py: upstream's loss and gradients, peft's adapters, what is saved."""
 
-import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -9,9 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,23 +17,19 @@ from safetensors.torch import load_file, save_file
 import common
 import train
 from common import random_model
-from conftest import GOLDEN, HERE, JFK, edit_json, golden_model
-from lora import add_lora, lora_change
+from conftest import FOLDER, GOLDEN, JFK, edit_json, golden_model, write_clip
+from lora import lora_change
 from moss_min import MossAudio, load_audio
 from train import SummedLoss, hidden_states, main, make_sample, save_checkpoint
 
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
-FOLDER = GOLDEN / "checkpoint"
 TRAINING = GOLDEN / "training"
 LORA = TRAINING / "lora"
 SECONDS = 0.3, 1.1, 4.0, 5.5, 9.0  # three have a whole chunk: one call of the encoder is for them
 PROMPT = "Transcribe the audio."
 ANSWERS = "and", "and so", "my fellow [1.25] americans", "ask not what your country", "can do"
 # A released folder's files beside the weights.
-REST = {
-    *("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"),
-    *("added_tokens.json", "merges.txt", "vocab.json"),
-}
+REST = {path.name for path in FOLDER.iterdir() if not path.name.startswith("model")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,6 +38,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def jfk(seconds: float, skip: int = 0) -> torch.Tensor:
+    return load_audio(JFK)[skip:][: int(16_000 * seconds)]
 
 
 def data_line(clip, answer: str = "yes", prompt: str = PROMPT) -> dict:
@@ -57,10 +55,8 @@ def data(tmp_path_factory) -> Path:
     """Five clips of 0.3 to 9 s, under paths that are relative to the file."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "clips").mkdir()
-    samples, rate = soundfile.read(JFK, dtype="int16")
     for i, seconds in enumerate(SECONDS):
-        own = samples[8000 * i :][: int(seconds * rate)]
-        soundfile.write(folder / "clips" / f"{i}.wav", own, rate)
+        write_clip(folder / "clips" / f"{i}.wav", jfk(seconds, 8000 * i))
     lines = [json.dumps(data_line(f"clips/{i}.wav", answer)) for i, answer in enumerate(ANSWERS)]
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "train.jsonl"
@@ -79,8 +75,7 @@ def read_log(out: Path) -> list[dict]:
 def trained_weights(out: Path) -> dict[str, torch.Tensor]:
     """What a run trained, in float32, from its saved state."""
     state = load_file(out / "training" / "state.safetensors")
-    names = [name.removeprefix("weight.") for name in state if name.startswith("weight.")]
-    return {name: state["weight." + name] for name in names}
+    return {name[7:]: state[name] for name in state if name.startswith("weight.")}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -100,18 +95,16 @@ def load(folder: Path = FOLDER, dtype: str = "float32", lora: Path | None = None
     return MossAudio.from_pretrained(folder, "cpu", dtype, change=lora_change(lora, folder))
 
 
-# ---- upstream's figures ----
+# ---- upstream's and peft's figures ----
 
 
-@functools.cache
-def golden_training() -> tuple[dict, dict]:
+def golden_training() -> tuple[dict[str, torch.Tensor], train.Sample]:
+    """Upstream's tensors, and our sample of the same text, sound and answer."""
     with safe_open(TRAINING / "loss.safetensors", "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def golden_sample() -> train.Sample:
-    tensors, said = golden_training()
-    return make_sample(golden_model(), said["text"], [tensors["waveform.0"]], said["answer"])
+        said = file.metadata()
+    tensors = load_file(TRAINING / "loss.safetensors")
+    clips = [tensors["waveform.0"]]
+    return tensors, make_sample(golden_model(), said["text"], clips, said["answer"])
 
 
 def logits_of(model: MossAudio, sample: train.Sample) -> torch.Tensor:
@@ -124,7 +117,7 @@ def close(ours, upstreams, tolerance: float = 1e-5) -> None:
 
 
 def test_ids_labels_and_logits_are_upstreams():
-    tensors, sample = golden_training()[0], golden_sample()
+    tensors, sample = golden_training()
     assert sample.ids.tolist() == tensors["input_ids"].tolist()
     assert sample.labels.tolist() == tensors["labels"].tolist()
     close(logits_of(golden_model(), sample), tensors["logits"])
@@ -132,57 +125,22 @@ def test_ids_labels_and_logits_are_upstreams():
 
 def test_the_loss_and_the_gradient_of_all_170_parameters_are_upstreams():
     model = load().requires_grad_(True)
-    tensors, sample = golden_training()[0], golden_sample()
+    tensors, sample = golden_training()
     loss = SummedLoss(model)([sample]) / (sample.labels != -100).sum()
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    norms = json.loads((TRAINING / "gradient_norms.json").read_text())
-    assert loss.item() == pytest.approx(norms["loss"], rel=1e-5)
     assert loss.item() == pytest.approx(tensors["loss"].item(), rel=1e-5)
-    whole = [name for name in tensors if name.startswith("grad.")]
-    assert len(whole) == 5
-    for name in whole:
-        close(gradients[name.removeprefix("grad.")], tensors[name])
-    assert len(norms["gradient_norms"]) == 170
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name in tensors:
+        if name.startswith("grad."):
+            close(gradients[name.removeprefix("grad.")], tensors[name])
+    norms = json.loads((TRAINING / "gradient_norms.json").read_text())["gradient_norms"]
     ours = {name: gradient.norm().item() for name, gradient in gradients.items()}
-    assert ours == pytest.approx(norms["gradient_norms"], rel=1e-5)
+    assert ours == pytest.approx(norms, rel=1e-5)
 
 
-# ---- peft's adapter ----
-
-
-def test_pefts_adapter_added_to_the_weights_gives_pefts_logits():
+def test_pefts_adapter_gives_pefts_logits():
     pefts = load_file(TRAINING / "lora_logits.safetensors")["logits"]
-    close(logits_of(load(lora=LORA), golden_sample()), pefts)
-
-
-def test_pefts_tensors_put_into_add_lora_give_pefts_logits():
-    model = load()
-    config = json.loads((LORA / "adapter_config.json").read_text())
-    assert add_lora(model, 4, 2, with_encoder=True) == config["target_modules"]
-    tensors = load_file(LORA / "adapter_model.safetensors")
-    renamed = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    missing, unexpected = model.load_state_dict(renamed, strict=False)
-    assert not unexpected and not [name for name in missing if ".lora_" in name]
-    pefts = load_file(TRAINING / "lora_logits.safetensors")["logits"]
-    close(logits_of(model, golden_sample()), pefts)
-
-
-def test_a_new_adapter_changes_nothing():
-    model = load()
-    before = logits_of(model, golden_sample())
-    add_lora(model, 4, 2, with_encoder=True)
-    assert torch.equal(logits_of(model, golden_sample()), before)
-
-
-def test_weights_that_are_stored_in_float32_are_rounded_after_the_adapter_is_added(checkpoint):
-    for path in checkpoint.glob("model*"):
-        path.unlink()
-    weights = {name: weight.detach() for name, weight in random_model(FOLDER, 0).named_parameters()}
-    save_file(weights, checkpoint / "model.safetensors")
-    exact, rounded = (load(checkpoint, dtype, LORA) for dtype in ("float32", "bfloat16"))
-    for name, weight in rounded.named_parameters():
-        assert torch.equal(weight, exact.get_parameter(name).bfloat16()), name
+    close(logits_of(load(lora=LORA), golden_training()[1]), pefts)
 
 
 # ---- samples and batches ----
@@ -206,10 +164,6 @@ def test_a_sample_is_inferences_prompt_and_the_answer_which_alone_is_learned(tim
     assert all(torch.equal(*pair) for pair in zip(sample.mels, prompt.mels, strict=True))
     digits = len(prompt.ids) - len(model.prompt(PROMPT, [JFK], False).ids)
     assert digits == (0 if time_markers is False else 6)  # 2, 4, 6, 8, 10
-
-
-def jfk(seconds: float) -> torch.Tensor:
-    return load_audio(JFK)[: int(16_000 * seconds)]
 
 
 def test_a_sample_in_a_batch_has_the_hidden_states_of_inference_and_the_loss_it_has_alone(samples):
@@ -252,30 +206,23 @@ def test_the_learning_rate_warms_up_then_falls_as_half_a_cosine():
 # ---- full training ----
 
 
-FULL_RUN = "--steps", 3, "--batch", 2, "--lr", 1e-3
-ADAPTER = "--lora-rank", 4, "--lora-alpha", 2, "--lora-encoder"  # as peft's in golden/training
-LORA_RUN = "--steps", 3, "--batch", 2, "--lr", 1e-2, *ADAPTER
-
-
 @pytest.fixture(scope="module")
 def full_run(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("full")
-    assert main(arguments(data, out, *FULL_RUN)) == 0
+    assert main(arguments(data, out, "--steps", 3, "--batch", 2, "--lr", 1e-3)) == 0
     return out
 
 
 @pytest.mark.slow
 def test_a_few_steps_from_random_weights_lower_the_loss(data, tmp_path, capsys):
-    capsys.readouterr()
     argv = "--init", FOLDER, "--steps", 12, "--batch", 5, "--lr", 3e-3
     assert main(arguments(data, tmp_path, *argv)) == 0
     lines, log = capsys.readouterr().err.splitlines(), read_log(tmp_path)
     assert len(lines) == 12 and lines[-1].startswith("step 12/12: loss ")
-    assert "minutes left" in lines[-1]
     assert [entry["step"] for entry in log] == list(range(1, 13))
-    assert set(log[0]) == {"step", "loss", "lr"} and log[0]["lr"] == pytest.approx(3e-3)
+    assert log[0]["lr"] == pytest.approx(3e-3)
     # Nothing is known yet of a vocabulary of 320.
-    assert log[0]["loss"] == pytest.approx(np.log(320), abs=0.5)
+    assert log[0]["loss"] == pytest.approx(math.log(320), abs=0.5)
     assert log[-1]["loss"] < log[0]["loss"] - 1
 
 
@@ -287,23 +234,18 @@ def mean_loss(model: MossAudio, samples: list[train.Sample]) -> float:
 
 
 def test_random_weights_are_the_seeds_and_take_nothing_from_the_folders():
-    first, again, other = (dict(random_model(FOLDER, s).named_parameters()) for s in (0, 0, 1))
-    # Norms begin as 1, biases as 0.
-    drawn = [name for name, weight in first.items() if len(weight.unique()) > 1]
-    assert len(drawn) > 100
-    for name in drawn:
+    first, again, other = (random_model(FOLDER, seed).state_dict() for seed in (0, 0, 1))
+    for name, golden in golden_model().state_dict().items():
         assert torch.equal(first[name], again[name])
-        assert not torch.equal(first[name], other[name])
-        assert not torch.equal(first[name], golden_model().get_parameter(name))
+        assert not torch.equal(first[name], golden)
+        if len(first[name].unique()) > 1:  # norms begin as 1, biases as 0
+            assert not torch.equal(first[name], other[name])
 
 
-def test_full_training_goes_on_from_the_model_and_changes_every_parameter(full_run, samples):
-    weights = trained_weights(full_run)
-    before = dict(golden_model().named_parameters())
+def test_full_training_changes_every_parameter(full_run):
+    weights, before = trained_weights(full_run), golden_model().state_dict()
     assert weights.keys() == before.keys()
     assert not [name for name in weights if torch.equal(weights[name], before[name])]
-    first = mean_loss(golden_model(), samples)
-    assert read_log(full_run)[0]["loss"] == pytest.approx(first, rel=1e-5)
 
 
 def test_what_is_saved_is_a_released_folder_in_bfloat16(full_run):
@@ -314,62 +256,43 @@ def test_what_is_saved_is_a_released_folder_in_bfloat16(full_run):
     buffers = {"audio_encoder.embed_positions.inv_timescales"}  # upstream's, which no loader needs
     assert stored.keys() == golden.keys() - buffers
     assert all(torch.equal(tensor, weights[name].bfloat16()) for name, tensor in stored.items())
-    for name, parameter in load(full_run).named_parameters():
-        assert torch.equal(parameter, stored[name].float())
 
 
 def test_what_is_larger_than_a_shard_is_saved_in_shards_with_an_index(tmp_path):
     save_checkpoint(golden_model(), tmp_path, FOLDER, shard_bytes=300_000)
-    shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    shards = {path.name: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert shards.keys() == {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards.values()]
+    assert max(sizes) <= 300_000
+    weight_map = {name: file for file, shard in shards.items() for name in shard}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    weight_map = {}
-    total = 0
-    for shard in shards:
-        tensors = load_file(tmp_path / shard)
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        assert size <= 300_000
-        total += size
-        weight_map |= dict.fromkeys(tensors, shard)
-    assert index == {"metadata": {"total_size": total}, "weight_map": weight_map}
-    loaded = load(tmp_path, "bfloat16").state_dict()
-    expected = golden_model("checkpoint", "bfloat16").state_dict()
-    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert index == {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
 
 
 def test_one_file_takes_the_place_of_shards_and_the_other_way_round(tmp_path):
-    models = random_model(FOLDER, 0), random_model(FOLDER, 1)
-    for i, shard_bytes in enumerate([300_000, 5_000_000, 300_000, 400_000]):
-        model = models[i % 2]
+    shards_and_index = (300_000, 4), (600_000, 3)
+    for seed, (shard_bytes, files) in enumerate([*shards_and_index, (5_000_000, 1), (300_000, 4)]):
+        model = random_model(FOLDER, seed)
         save_checkpoint(model, tmp_path, FOLDER, shard_bytes)
-        loaded = load(tmp_path, "bfloat16").lm_head.weight
-        assert torch.equal(loaded, model.lm_head.weight.bfloat16())
-        names = {path.name for path in tmp_path.iterdir()} - REST
-        if shard_bytes == 5_000_000:
-            assert names == {"model.safetensors"}
-        else:
-            index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-            assert names == {"model.safetensors.index.json", *index["weight_map"].values()}
+        assert len(contents(tmp_path).keys() - REST) == files
+        for name, weight in load(tmp_path, "bfloat16").state_dict().items():
+            assert torch.equal(weight, model.state_dict()[name].bfloat16()), name
 
 
 # ---- LoRA ----
 
+ADAPTER = "--lora-rank", 4, "--lora-alpha", 2, "--lora-encoder"  # as peft's in golden/training
+LORA_RUN = "--steps", 3, "--batch", 2, "--lr", 1e-2, *ADAPTER
+
 
 @pytest.fixture(scope="module")
-def lora_run(data, tmp_path_factory):
+def lora_run(data, tmp_path_factory) -> tuple[Path, MossAudio]:
     """The folder of a LoRA run, and the model as it was at its end."""
-    out = tmp_path_factory.mktemp("lora")
-    models = []
-    real = train.train
-
-    def train_and_keep(model, examples, args):
-        models.append(model)
-        real(model, examples, args)
-
+    out, model = tmp_path_factory.mktemp("lora"), load()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train", train_and_keep)
+        patch.setattr(train, "load_model", lambda *_: model.requires_grad_(True))
         assert main(arguments(data, out, *LORA_RUN)) == 0
-    return out, models[0]
+    return out, model
 
 
 def test_lora_trains_its_a_and_b_and_nothing_else_to_the_bit(lora_run):
@@ -377,11 +300,9 @@ def test_lora_trains_its_a_and_b_and_nothing_else_to_the_bit(lora_run):
     trained, state = trained_weights(out), model.state_dict()
     assert trained.keys() == {name for name in state if ".lora_" in name}
     assert all(tensor.any() for tensor in trained.values())  # B began as 0
-    frozen = {name.replace(".base.", "."): state[name] for name in state if name not in trained}
-    before = golden_model().state_dict()
-    assert frozen.keys() == before.keys()
-    assert all(torch.equal(frozen[name], before[name]) for name in before)
-    assert len({entry["loss"] for entry in read_log(out)}) == 3
+    for name, weight in golden_model().state_dict().items():
+        module, _, kind = name.rpartition(".")
+        assert torch.equal(state.get(f"{module}.base.{kind}", state.get(name)), weight)
 
 
 def test_the_saved_adapter_has_pefts_names_and_keys_and_loads(lora_run, samples):
@@ -392,12 +313,9 @@ def test_the_saved_adapter_has_pefts_names_and_keys_and_loads(lora_run, samples)
     config, golden = (json.loads((f / "adapter_config.json").read_text()) for f in (out, LORA))
     assert config == {name: golden[name] for name in config}
     assert {"peft_type", "task_type", "r", "lora_alpha", "target_modules"} <= config.keys()
-    names = {"adapter_model.safetensors", "adapter_config.json", "training"}
-    assert {path.name for path in out.iterdir()} == names
-    loaded, before = logits_of(load(lora=out), samples[3]), logits_of(golden_model(), samples[3])
-    assert not torch.allclose(loaded, before, atol=1e-2)
+    assert contents(out).keys() == {"adapter_model.safetensors", "adapter_config.json"}
     # W x + s B A x is rounded otherwise than (W + s B A) x.
-    close(loaded, logits_of(model, samples[3]), 2e-5)
+    close(logits_of(load(lora=out), samples[3]), logits_of(model, samples[3]), 2e-5)
 
 
 def test_by_default_the_decoder_alone_is_adapted_and_alpha_is_twice_the_rank(data, tmp_path):
@@ -408,19 +326,20 @@ def test_by_default_the_decoder_alone_is_adapted_and_alpha_is_twice_the_rank(dat
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (3, 6)
     assert "audio_encoder" not in config["target_modules"]
-    name = "language_model.layers.0.mlp.up_proj"
-    A, B = (saved[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    changed = lora_change(tmp_path, FOLDER)(f"{name}.weight", torch.zeros(len(B), A.shape[1]))
-    assert torch.equal(changed, 2 * (B @ A))  # alpha / rank
 
 
-def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
-    assert main(["--model", str(FOLDER), "--merge", str(LORA), "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == REST | {"model.safetensors"}
+def test_a_merged_adapter_is_added_to_the_stored_weights_and_rounded_once(checkpoint, tmp_path):
+    for path in checkpoint.glob("model*"):
+        path.unlink()
+    base = random_model(FOLDER, 0).state_dict()
+    adapter = load_file(LORA / "adapter_model.safetensors")
+    save_file(base, checkpoint / "model.safetensors")  # in float32
+    out = tmp_path / "out"
+    assert main(["--model", str(checkpoint), "--merge", str(LORA), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == REST | {"model.safetensors"}
     # Whoever may read one may read all.
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
-    base, adapter = golden_model().state_dict(), load_file(LORA / "adapter_model.safetensors")
-    for name, weight in load(tmp_path, "bfloat16").state_dict().items():
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    for name, weight in load(out, "bfloat16").state_dict().items():
         part = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         product = 0
         if f"{part}A.weight" in adapter:
@@ -428,14 +347,15 @@ def test_a_merged_adapter_is_what_loading_with_it_gives_rounded_once(tmp_path):
         assert torch.equal(weight, (base[name] + product).bfloat16()), name
 
 
-def test_training_goes_on_from_a_model_with_an_adapter(data, tmp_path, samples):
+def test_the_first_loss_is_the_given_models(full_run, lora_run, data, tmp_path, samples):
     assert main(arguments(data, tmp_path, "--steps", 1, "--batch", 2, "--lora", LORA)) == 0
-    first, before = (mean_loss(load(lora=lora), samples) for lora in (LORA, None))
-    assert read_log(tmp_path)[0]["loss"] == pytest.approx(first, rel=1e-5)
-    assert abs(first - before) > 0.1
+    # A new adapter changes nothing.
+    for out, lora in (full_run, None), (lora_run[0], None), (tmp_path, LORA):
+        first = mean_loss(load(lora=lora), samples)
+        assert read_log(out)[0]["loss"] == pytest.approx(first, rel=1e-5)
 
 
-# ---- stopping and going on ----
+# ---- stopping, going on, dividing a step ----
 
 
 @pytest.mark.slow
@@ -460,10 +380,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(lora, data, tmp_pat
     (halves / ("adapter_model.safetensors" if lora else "model.safetensors")).touch()
     assert main(arguments(data, halves, *argv)) == 0
     assert contents(halves) == contents(whole)
-    assert read_log(halves) == read_log(whole)
-    states = [load_file(out / "training" / "state.safetensors") for out in (whole, halves)]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert contents(halves / "training") == contents(whole / "training")
 
 
 @pytest.fixture
@@ -474,28 +391,17 @@ def finished(data, lora_run, tmp_path) -> tuple[Path, list[str]]:
     return out, arguments(data, out, *LORA_RUN)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_finished_training_that_is_run_again_says_so_and_does_nothing(
-    kind, data, full_run, finished, capsys, monkeypatch
-):
-    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+def test_a_finished_training_says_so_and_does_nothing(finished, capsys, monkeypatch):
     out, argv = finished
-    if kind == "full":
-        out, argv = full_run, arguments(data, full_run, *FULL_RUN)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    capsys.readouterr()
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert main(argv) == 0
-    assert re.fullmatch(
-        rf"{out}: this training of 3 steps is finished.*\n", capsys.readouterr().err
-    )
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files} == before
+    assert f"{out}: this training of 3 steps is finished" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 @pytest.mark.parametrize("kind", ["absent", "older"])
-def test_a_training_that_was_stopped_before_its_weights_were_written_writes_them(
-    kind, finished, monkeypatch
-):
+def test_weights_that_a_stopped_training_did_not_write_are_written(kind, finished, monkeypatch):
     out, argv = finished
     path = out / "adapter_model.safetensors"
     right = path.read_bytes()
@@ -509,34 +415,26 @@ def test_a_training_that_was_stopped_before_its_weights_were_written_writes_them
 
 
 def test_going_on_with_other_arguments_is_refused(full_run, data, capsys):
-    before = contents(full_run) | contents(full_run / "training")
     said = refusal(capsys, arguments(data, full_run, "--steps", 4, "--batch", 2, "--lr", 2e-3))
     assert "another steps, lr" in said and "--out" in said
-    assert contents(full_run) | contents(full_run / "training") == before
-
-
-# ---- one step, divided in different ways ----
 
 
 @pytest.mark.slow
-def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_path, capsys):
-    same = "--steps", 3, "--lr", 1e-3, "--batch"
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    argv = arguments(data, tmp_path / "processes", *same, 2)
-    two = subprocess.Popen(
-        [sys.executable, *torchrun, str(HERE.parent / "tools" / "train.py"), *argv],
+def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_path):
+    def argv(out: str, *options) -> list[str]:
+        return arguments(data, tmp_path / out, "--steps", 3, "--lr", 1e-3, *options)
+
+    assert main(argv("batch", "--batch", 4)) == 0
+    assert main(argv("accumulated", "--batch", 2, "--accumulate", 2)) == 0
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    two = subprocess.run(
+        [sys.executable, *torchrun, train.__file__, *argv("processes", "--batch", 2)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
     )
-    assert main(arguments(data, tmp_path / "batch", *same, 4)) == 0
-    one = capsys.readouterr().err
-    assert main(arguments(data, tmp_path / "accumulated", *same, 2, "--accumulate", 2)) == 0
-    said = two.communicate(timeout=120)[0]
-    assert two.returncode == 0, said
-    norms = [re.findall(r"gradient (\S+),", text) for text in (one, said)]  # one process speaks
-    assert [*map(float, norms[1])] == pytest.approx([*map(float, norms[0])], abs=0.011)
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("step 3/3") == 1  # one process speaks
     losses = [entry["loss"] for entry in read_log(tmp_path / "batch")]
     weights = trained_weights(tmp_path / "batch")
     for other in "accumulated", "processes":
@@ -547,9 +445,6 @@ def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_pa
             # 3e-3 in all.
             assert (tensor - weights[name]).abs().mean() < 3e-5, name
     assert contents(tmp_path / "processes").keys() == REST | {"model.safetensors"}
-
-
-# ---- writing ----
 
 
 def failing_save(after: int):
@@ -596,8 +491,8 @@ def small(tmp_path, data, monkeypatch) -> Path:
     shutil.copytree(FOLDER, "small")
     edit_json(Path("small/config.json"), **{"language_config.max_position_embeddings": 200})
     Path("noise.wav").write_text("not a sound")
-    soundfile.write("short.wav", np.zeros(100), 16_000)
-    soundfile.write("long.wav", np.zeros(30 * 16_000), 16_000)
+    write_clip(tmp_path / "short.wav", torch.zeros(100))
+    write_clip(tmp_path / "long.wav", torch.zeros(30 * 16_000))
     Path("good.jsonl").write_text(json.dumps(GOOD))
     Path("empty.jsonl").write_text("\n")
     return tmp_path
@@ -609,7 +504,6 @@ SOUND = golden_model().tokenizer.id_to_token(golden_model().config.adapter.audio
 BAD = {
     "no answer": ({"conversation": GOOD["conversation"][:2]}, "no answer"),
     "absent": (data_line("clips/absent.wav"), "absent.wav: No such file"),
-    "a folder": (data_line("clips"), "clips: Is a directory"),
     "not sound": (data_line("noise.wav"), "noise.wav: "),
     "too short": (data_line("short.wav"), "short.wav: 100 samples"),
     "long clip": (data_line("long.wav"), "expected at most 200"),
@@ -630,37 +524,33 @@ def test_a_bad_line_is_named_before_the_first_step(kind, small, capsys):
 
 
 def test_the_first_three_bad_lines_and_their_count_are_in_one_message(small, capsys):
-    bad = [BAD[kind][0] for kind in ("no answer", "absent", "a folder", "not sound", "too short")]
+    bad = [BAD[kind][0] for kind in ("no answer", "absent", "sound", "not sound", "too short")]
     Path("bad.jsonl").write_text("\n".join(map(json.dumps, [GOOD, *bad])))
     said = refusal(capsys, arguments("bad.jsonl", "out"))
     assert re.findall(r"(?:line |)\d(?= bad lines|: )", said) == ["5", "line 2", "line 3", "line 4"]
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["--data", "absent.jsonl"], "absent.jsonl"),
-        (["--data", "empty.jsonl"], "expected at least one line"),
-        ([], "expected --data or --merge"),
-        (["--data", "good.jsonl", "--steps", "0"], "--steps: expected a number above 0"),
-        (["--data", "good.jsonl", "--lora-rank", "-1"], "--lora-rank: expected a number from 0 up"),
-        (["--data", "good.jsonl", "--lora-encoder"], "--lora-encoder: expected --lora-rank"),
-        (["--data", "good.jsonl", "--init", "small"], "not allowed with"),
-        (["--data", "good.jsonl", "--out", "good.jsonl"], "good.jsonl"),
-        (["--data", "good.jsonl", "--lora", "absent"], "adapter_config.json is not there"),
-        (["--merge", "absent"], "adapter_config.json is not there"),
-        (["--merge", "absent", "--lora", "absent"], "not allowed with"),
-    ],
-)
-def test_a_bad_command_line_is_refused(argv, expected, small, capsys):
-    said = refusal(capsys, ["--model", str(FOLDER), "--out", "out", "--device", "cpu", *argv])
-    assert expected in said
+BAD_COMMANDS = {
+    "--model small --data absent.jsonl": "absent.jsonl",
+    "--model small --data empty.jsonl": "expected at least one line",
+    "--model small --data good.jsonl --out good.jsonl": "good.jsonl",
+    "--model small --data good.jsonl --steps 0": "--steps: expected a number above 0",
+    "--model small --data good.jsonl --lora-rank -1": "--lora-rank: expected a number from 0 up",
+    "--model small --data good.jsonl --lora-encoder": "--lora-encoder: expected --lora-rank",
+    "--model small --data good.jsonl --lora absent": "adapter_config.json is not there",
+    "--model small --data good.jsonl --init small": "not allowed with",
+    "--model small": "expected --data or --merge",
+    "--model small --merge absent": "adapter_config.json is not there",
+    "--model small --merge absent --lora absent": "not allowed with",
+    "--init small --merge absent": "--merge and --lora: expected --model",
+}
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS)
+def test_a_bad_command_line_is_refused(command, small, capsys):
+    said = refusal(capsys, ["--out", "out", "--device", "cpu", *command.split()])
+    assert BAD_COMMANDS[command] in said
     assert not Path("out").exists()
-
-
-def test_an_adapter_is_not_merged_into_random_weights(small, capsys):
-    said = refusal(capsys, ["--init", "small", "--merge", str(LORA), "--out", "out"])
-    assert "--merge and --lora: expected --model" in said
 
 
 # ---- bad adapters ----
@@ -672,11 +562,12 @@ def adapter(tmp_path) -> Path:
     return Path(shutil.copytree(LORA, tmp_path / "adapter"))
 
 
-def refused_adapter(adapter: Path, *expected: str) -> None:
+def refused(adapter: Path) -> str:
+    """Why an adapter is refused, in one line."""
     with pytest.raises(ValueError) as error:
         lora_change(adapter, FOLDER)
-    said = str(error.value)
-    assert all(part in said for part in expected) and "\n" not in said, said
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -696,7 +587,7 @@ def refused_adapter(adapter: Path, *expected: str) -> None:
 )
 def test_an_adapter_with_what_is_not_plain_lora_is_refused(key, value, adapter):
     edit_json(adapter / "adapter_config.json", **{key: value})
-    refused_adapter(adapter, "adapter_config.json", key)
+    assert f"adapter_config.json: {key}" in refused(adapter)
 
 
 MODULE = "base_model.model.language_model.layers.0.mlp.up_proj."
@@ -710,7 +601,6 @@ SPOILT = {
     "A alone": {B: None},
     "B alone": {A: None},
     "a narrow A": {A: torch.ones(4, 63)},
-    "a flat A": {A: torch.ones(4 * 64)},
     "another rank": {A: torch.ones(2, 64), B: torch.ones(112, 2)},
 }
 
@@ -720,30 +610,24 @@ def test_an_adapter_whose_tensors_fit_no_weight_is_refused(spoilt, adapter):
     tensors = load_file(LORA / "adapter_model.safetensors") | SPOILT[spoilt]
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, adapter / "adapter_model.safetensors")
-    refused_adapter(adapter, "fits no weight")
+    assert "fits no weight" in refused(adapter)
 
 
-def test_an_adapter_that_is_not_whole_is_refused(adapter, capsys):
+def test_an_adapter_that_is_not_whole_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
+    whole = path.read_bytes()
     save_file({}, path)
-    refused_adapter(adapter, "expected pairs")
-    path.write_bytes((LORA / path.name).read_bytes()[:-100])
-    argv = ["--model", str(FOLDER), "--merge", str(adapter), "--out", str(adapter / "out")]
-    said = refusal(capsys, argv)
-    assert str(path) in said and "expected a whole file" in said
+    assert "expected pairs" in refused(adapter)
+    path.write_bytes(whole[:-100])
+    assert str(path) in refused(adapter) and "expected a whole file" in refused(adapter)
     path.unlink()
-    refused_adapter(adapter, str(path))
+    assert str(path) in refused(adapter)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [(None, "is not there"), ("{", "can't be read"), ("[]", "an object")]
-)
-def test_a_folder_without_a_good_adapter_config_is_called_no_checkpoint(text, said, adapter):
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_adapter_config_that_is_no_json_object_is_called_an_adapters(text, adapter):
     path = adapter / "adapter_config.json"
-    path.unlink()
-    if text is not None:
-        path.write_text(text)
-    refused_adapter(adapter, f"{path} ", said, "adapter's")
-    with pytest.raises(ValueError) as error:
-        lora_change(adapter, FOLDER)
-    assert "checkpoint" not in str(error.value)
+    path.write_text(text)
+    said = refused(adapter)
+    assert said.startswith(f"{path} can't be read as an adapter's JSON: ")
+    assert "checkpoint" not in said
