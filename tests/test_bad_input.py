@@ -413,7 +413,7 @@ REFUSED_SAMPLING = {
     "temperature": [-1, -1e-9, 1e-40, math.nan, math.inf, -math.inf, "1", None, True, 1j, [1.0]],
     "top_p": [0, 0.0, 1.1, -1, math.nan, math.inf, "1", None, True],
     "top_k": [-1, 2.5, math.nan, math.inf, "50", None, True],
-    "seed": [2**70, -(2**70), 1.5, "1", True, math.nan],
+    "seed": [2**64, -(2**63) - 1, 1.5, "1", True, math.nan],
     "max_new_tokens": [0, -1, 2.5, math.inf, "24", True],
     "thinking_budget": [-1, 2.5, math.nan, "3", True],
 }
