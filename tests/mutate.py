@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The test files that a mutant of a file has to get past.
 TESTS = {
     "encoder.py": "golden sound oracle configurations bad_input",
-    "adapter.py": "golden oracle generation fast",
+    "adapter.py": "golden oracle generation fast configurations",
     "qwen3.py": "golden oracle generation fast loading",
     "sample.py": "generation golden command_line bad_input",
     "moss_min.py": "golden generation fast command_line bad_input configurations first_mistakes",
