@@ -383,6 +383,7 @@ def test_an_answer_ends_where_the_positions_do(checkpoint):
     assert answer(checkpoint, max_new_tokens=24) == answer(checkpoint, None) == ANSWER[:10]
 
 
+@pytest.mark.slow
 def test_an_answer_of_more_than_1024_tokens_is_not_cut_before_the_positions_end(checkpoint):
     model = with_positions(checkpoint, 1200)
     with pytest.warns(UserWarning, match=r"the answer is cut after 11\d\d tokens"):

@@ -187,6 +187,7 @@ def test_a_folder_that_is_none_ends_the_process_with_2_and_one_line(tmp_path):
     assert re.fullmatch(rb"moss_min: .*config\.json.*\n", err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding, hinted", [("ascii", True), ("gb18030", False)])
 def test_what_stdout_can_not_encode_becomes_question_marks_with_a_hint(encoding, hinted):
     case = golden_case("text_only")
