@@ -28,9 +28,9 @@ class Qwen3Config:
 
 
 class Linear(nn.Linear):
-    """A linear map without a bias, at the speed of the memory for the few rows of a decoding step.
-    On a CPU, torch's float32 product of few rows is not (torch 2.13: one row may run on one
-    thread). A batch of products with blocks of the matrix is, on all threads."""
+    """A linear map without a bias. A decoding step multiplies few rows by every weight, so memory
+    is its limit. On a CPU, torch's float32 product of few rows is slower than that (torch 2.13: one
+    row may run on one thread); products with blocks of the matrix use all threads."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -112,7 +112,8 @@ class KVCache:
         self.rows = torch.arange(len(self.keys[0]), device=positions.device)[:, None]  # [B, 1]
         self.cos, self.sin = rope_table(positions, self.config, self.keys[0].dtype)
         self.mask = None
-        if positions.numel() > 1 or in_use == self.capacity:  # a lone token sees all before it
+        # A lone token sees every place in use, unless the whole cache is, as in a graph.
+        if positions.numel() > 1 or in_use == self.capacity:
             sharing = self.config.num_attention_heads // self.config.num_key_value_heads
             queries = positions.repeat_interleave(sharing, dim=1)  # [B, n x H / G]
             places = torch.arange(in_use, device=positions.device)  # [K]
