@@ -440,12 +440,29 @@ class MossAudio(nn.Module):
         return self.tokenizer.decode(ids)
 
 
-class Step:
-    """Steps of a cache's rows, from their positions on. On CUDA a step is captured as a graph: one
-    launch in place of hundreds. It repeats the same work on the same memory: ids and positions are
-    written into tensors that stay, and attention goes over the whole cache."""
+class StepGraph:
+    """A step captured as a CUDA graph: one launch in place of hundreds. It repeats the same work on
+    the same memory: ids and positions are tensors that stay, to be written into, and attention goes
+    over the whole cache."""
 
     stream = functools.cache(torch.cuda.Stream)  # one for a device: each keeps a workspace
+
+    def __init__(self, model: MossAudio, ids: Tensor, positions: Tensor, cache: KVCache):
+        with torch.cuda.device(ids.device):
+            # Libraries make their plans in a first run.
+            model.step(ids, positions, cache, cache.capacity)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=StepGraph.stream(ids.device)):
+                self.logits = model.step(ids, positions, cache, cache.capacity)
+
+    def __call__(self) -> Tensor:
+        """Returns the logits, float32 [B, V], in memory that the next call overwrites."""
+        self.graph.replay()
+        return self.logits
+
+
+class Step:
+    """Steps of a cache's rows, from their positions on; on CUDA by a graph, unless told not to."""
 
     def __init__(self, model: MossAudio, cache: KVCache, positions: list[int], cuda_graph=True):
         self.model = model
@@ -463,23 +480,14 @@ class Step:
         if self.in_use > self.cache.capacity:
             self.cache.grow()
             self.graph = None
+        if self.use_graph and self.graph is None:
+            self.graph = StepGraph(self.model, self.ids, self.positions, self.cache)
         if self.use_graph:
-            if self.graph is None:
-                self.capture()
-            self.graph.replay()
+            logits = self.graph()
         else:
-            self.logits = self.model.step(self.ids, self.positions, self.cache, self.in_use)
+            logits = self.model.step(self.ids, self.positions, self.cache, self.in_use)
         self.positions += 1
-        return self.logits
-
-    def capture(self) -> None:
-        device = self.ids.device
-        inputs = (self.ids, self.positions, self.cache, self.cache.capacity)
-        with torch.cuda.device(device):
-            self.model.step(*inputs)  # libraries make their plans in a first run
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=Step.stream(device)):
-                self.logits = self.model.step(*inputs)
+        return logits
 
 
 # ---- command line ----

@@ -38,17 +38,11 @@ class Sampling:
 
     def __post_init__(self):
         whole = "a whole number from 0 up"
+        positive = "a whole number from 1"
         coldest = 0 if self.temperature == 0 else 1e-6
         warmth = "0 (greedy), or a number from 1e-6 to 1e6"
         if self.max_new_tokens is not None:
-            check(
-                "max_new_tokens",
-                self.max_new_tokens,
-                Integral,
-                1,
-                math.inf,
-                "a whole number from 1",
-            )
+            check("max_new_tokens", self.max_new_tokens, Integral, 1, math.inf, positive)
         check("temperature", self.temperature, Real, coldest, 1e6, warmth)
         check("top_p", self.top_p, Real, math.nextafter(0, 1), 1, "a number above 0 and up to 1")
         check("top_k", self.top_k, Integral, 0, math.inf, whole)
