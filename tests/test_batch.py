@@ -215,7 +215,8 @@ def test_answers_and_parts_of_killed_runs_stay_byte_for_byte_and_only_the_others
     (folder / "out.jsonl.part-0").write_bytes(lines[6] + lines[0])
     (folder / "out.jsonl.part-1").write_bytes(lines[1] + lines[3][:9])  # half a line
     (folder / "out.jsonl.part-12").write_bytes(another)  # the first answer to a line counts
-    (folder / "out.jsonl.new").write_bytes(another[:20])  # killed while it merged
+    (folder / "out.jsonl.part").mkdir()  # killed while it merged
+    (folder / "out.jsonl.part" / "out.jsonl").write_bytes(another[:20])
     assert answered(folder) == b"".join(lines)
 
 

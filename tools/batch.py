@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import moss_min
-from common import Progress, each_line, read_json_lines, say
+from common import Progress, each_line, read_json_lines, say, whole
 from encoder import require
 from lora import add_lora_option, lora_change
 from moss_min import MossAudio, Prompt, Step
@@ -196,9 +196,8 @@ def merge(out: Path, lines: dict[Id, Line], drop_errors: bool = False) -> dict[I
                 failures[name] = failed
     data = b"".join(texts[name] + b"\n" for name in lines if name in texts)
     if not out.exists() or out.read_bytes() != data:
-        new = out.with_name(out.name + ".new")
-        new.write_bytes(data)
-        os.replace(new, out)
+        with whole(out) as new:
+            new.write_bytes(data)
     for part in parts:
         part.unlink()
     return failures

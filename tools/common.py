@@ -1,11 +1,14 @@
 """What several tools need: whole files, lines of data, random weights, saved states, progress."""
 
+import contextlib
 import datetime
+import filecmp
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,23 +26,59 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def part_folder(path: Path) -> Iterator[Path]:
+    """Makes a folder for what is not whole yet, and removes it at the end. Whatever a killed run
+    has left there goes first, also the files that libraries write beside theirs."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which is then renamed: what stands at the path is always whole.
+    A link stays a link, and the file that it leads to is replaced."""
+    path = Path(os.path.realpath(path))
+    good = path.is_file() or not path.exists()
+    require(good, f"{path} is not an ordinary file; expected the name of one")
+    with part_folder(path.with_name(path.name + ".part")) as folder:
+        yield folder / path.name
+        os.replace(folder / path.name, path)
+
+
 def write_text(text: str, path: Path) -> None:
-    """Writes beside the file and renames: what stands there is always whole."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text, "utf-8")
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata=None) -> None:
-    """Writes a safetensors file, with metadata (a dict of strings), beside the path and renames."""
-    part = path.with_name(path.name + ".part")
-    part.unlink(missing_ok=True)
-    part.touch()
-    # save_file makes a file of its own that nobody else may read: it gets the mode of any new file.
-    mode = part.stat().st_mode
-    save_file(tensors, part, metadata or {"format": "pt"})
-    part.chmod(mode)
-    os.replace(part, path)
+    """Writes a safetensors file with metadata, a dict of strings."""
+    with whole(path) as part:
+        part.touch()
+        # save_file's own file is one that nobody else may read: it gets the mode of any new file.
+        mode = part.stat().st_mode
+        save_file(tensors, part, metadata or {"format": "pt"})
+        part.chmod(mode)
+
+
+def move_files(part: Path, folder: Path, last: str, old: Iterable[Path] = ()) -> None:
+    """Moves the files of a checkpoint or adapter into a folder and removes the old ones; behind all
+    this comes `last`, its configuration. Stopped anywhere, the folder has what it had, or what is
+    new, or no configuration, without which nothing loads: never some of each."""
+    names = sorted(set(os.listdir(part)) - {last})
+    beside = [name for name in [*names, last] if "safetensors" not in name]
+    _, changed, absent = filecmp.cmpfiles(part, folder, beside, shallow=False)
+    if changed or absent:
+        (folder / last).unlink(missing_ok=True)
+    for name in names:
+        os.replace(part / name, folder / name)
+    for file in old:
+        file.unlink(missing_ok=True)
+    os.replace(part / last, folder / last)
 
 
 def read_json_lines(path: Path) -> list[tuple[int, Any]]:
