@@ -1,5 +1,8 @@
 """tools/train.py and lora.py: upstream's loss and gradients, peft's adapters, what is saved."""
 
+import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -469,6 +472,58 @@ def test_a_checkpoint_stays_whole_when_writing_the_next_one_fails(tmp_path, monk
         save_checkpoint(random_model(FOLDER, 0), tmp_path, FOLDER, shard_bytes=300_000)
     assert contents(tmp_path) == before
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def loaded(folder: Path) -> tuple[float, torch.Tensor] | None:
+    """A checkpoint as it loads, its rope_theta and all of its weights; None if it is refused."""
+    try:
+        model = load(folder)
+    except ValueError:
+        return None
+    weights = torch.cat([weight.flatten() for weight in model.state_dict().values()])
+    return model.config.decoder.rope_theta, weights
+
+
+def kill_at(count: int, patch: pytest.MonkeyPatch) -> None:
+    """Ends the program at the file number `count` that is renamed or removed, with no tidying."""
+    calls = itertools.count()
+    rename, remove = os.replace, Path.unlink
+
+    def act(work, *args, **options):
+        if next(calls) == count:
+            patch.setattr(shutil, "rmtree", lambda *args, **options: None)
+            raise SystemExit
+        work(*args, **options)
+
+    patch.setattr(os, "replace", functools.partial(act, rename))
+    patch.setattr(Path, "unlink", lambda *args, **options: act(remove, *args, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theta", [1e6, 9e3])  # the same configuration, and another
+@pytest.mark.parametrize("sizes", [(300_000, 300_000), (300_000, 5_000_000), (5_000_000, 300_000)])
+def test_a_save_that_is_killed_anywhere_leaves_the_old_checkpoint_or_the_new(
+    sizes, theta, checkpoint, tmp_path, monkeypatch
+):
+    wholes = []
+    for seed, (name, size, rate) in enumerate(zip(("old", "new"), sizes, (1e6, theta))):
+        edit_json(checkpoint / "config.json", **{"language_config.rope_theta": rate})
+        model = random_model(checkpoint, seed)
+        save_checkpoint(model, tmp_path / name, checkpoint, size)
+        wholes.append(loaded(tmp_path / name))
+    found = []
+    for count in range(24):
+        out = Path(shutil.copytree(tmp_path / "old", tmp_path / str(count)))
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            kill_at(count, patch)
+            save_checkpoint(model, out, checkpoint, sizes[1])
+        now = loaded(out)
+        same = [now is not None and now[0] == it[0] and torch.equal(now[1], it[1]) for it in wholes]
+        found.append(("old", "new")[same.index(True)] if now else "refused")
+        save_checkpoint(model, out, checkpoint, sizes[1])  # removes what was left
+        assert len(os.listdir(out)) == len(os.listdir(tmp_path / "new"))
+    assert {"old", "new"} <= set(found) <= {"old", "new", "refused"}
+    assert "refused" not in found or theta != 1e6
 
 
 def test_a_state_stays_whole_when_writing_the_next_one_fails(data, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_tensors, write_text
+from common import move_files, part_folder, write_tensors, write_text
 from encoder import require
 from moss_min import MossAudio, checked, read_config, read_json
 
@@ -158,5 +158,7 @@ def save_adapter(model: MossAudio, out: Path, rank: int, alpha: float, targets: 
         "modules_to_save": None,
         "inference_mode": True,
     }
-    write_tensors(tensors, out / "adapter_model.safetensors")
-    write_text(json.dumps(config, indent=1), out / "adapter_config.json")
+    with part_folder(out / ".part") as part:
+        write_tensors(tensors, part / "adapter_model.safetensors")
+        write_text(json.dumps(config, indent=1), part / "adapter_config.json")
+        move_files(part, out, "adapter_config.json")

@@ -15,13 +15,13 @@ trains in N processes.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -179,6 +179,17 @@ class SummedLoss(nn.Module):
 # ---- checkpoints ----
 
 
+def free_names(out: Path, count: int) -> list[str]:
+    """Returns names for shards that no file in out has: an old index leads to the old shards until
+    the new index takes its place."""
+    for take in itertools.count():
+        stem = f"model-{take}" if take else "model"
+        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if not any((out / name).exists() for name in names):
+            break
+    return names
+
+
 def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000_000_000) -> None:
     """Writes the model in the released layout: bfloat16, in shards with an index if one is not
     enough; all else is the source's. No file in out is touched before all new ones are whole."""
@@ -193,13 +204,10 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
         shards[-1][name] = tensor
         room -= size
         total += size
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        names = ["model.safetensors"]
-    index = "model.safetensors.index.json"
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as folder:
-        part = Path(folder)
+    names = free_names(out, len(shards)) if len(shards) > 1 else ["model.safetensors"]
+    index = "model.safetensors.index.json"
+    with common.part_folder(out / ".part") as part:
         weight_map = {}
         for name, shard in zip(names, shards):
             rounded = {k: t.to("cpu", torch.bfloat16).contiguous() for k, t in shard.items()}
@@ -211,14 +219,10 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
         for file in source.iterdir():
             if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(index):
                 shutil.copyfile(file, part / file.name)
-        written = sorted(file.name for file in part.iterdir())
-        for name in written:
-            os.replace(part / name, out / name)
-    # An index that stays would lead to the weights before these.
-    old = [out / index, out / "model.safetensors", *out.glob("model-?????-of-?????.safetensors")]
-    for file in old:
-        if file.name not in written:
-            file.unlink(missing_ok=True)
+        # An index that stays would lead to the weights before these.
+        old = [out / index, out / "model.safetensors", *out.glob("model-*-of-?????.safetensors")]
+        old = [file for file in old if not (part / file.name).exists()]
+        common.move_files(part, out, "config.json", old)
 
 
 # ---- training ----
@@ -309,10 +313,13 @@ def is_finished(args: argparse.Namespace) -> bool:
     state = state_path(args)
     if not state.exists() or common.read_run(state, run_options(args))["step"] < args.steps:
         return False
-    # Weights that are older than the state are what was in OUT before.
+    # Weights that are older than the state are what was in OUT before. The configuration is moved
+    # behind them.
+    out = Path(args.out)
+    last = out / ("adapter_config.json" if args.lora_rank else "config.json")
+    files = [*out.glob("*.safetensors"), last]
     made = state.stat().st_mtime_ns
-    weights = list(Path(args.out).glob("*.safetensors"))
-    return len(weights) > 0 and all(path.stat().st_mtime_ns >= made for path in weights)
+    return len(files) > 1 and all(f.exists() and f.stat().st_mtime_ns >= made for f in files)
 
 
 def train(model: MossAudio, examples: list[Example], args: argparse.Namespace) -> None:
