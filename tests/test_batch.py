@@ -7,13 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import batch
-from conftest import GOLDEN, HERE, edit_json, golden_model, golden_prompt
+from conftest import GOLDEN, HERE, edit_json, golden_model, golden_prompt, needs_proc
 from moss_min import TINY, MossAudio, Prompt
 from sample import Sampling
 
@@ -118,8 +119,16 @@ def arguments(folder: Path, *options) -> list[str]:
 def answered(folder: Path, *options) -> bytes:
     """What a run leaves that has to succeed; greedy, unless the options say otherwise."""
     assert batch.main(arguments(folder, *(options or ["--greedy"]))) == 0
-    assert list(folder.glob("out.jsonl.*")) == []
+    assert list(folder.glob("out.jsonl.*")) == [folder / "out.jsonl.run"]
     return (folder / "out.jsonl").read_bytes()
+
+
+def begin(folder: Path, *options) -> None:
+    """Leaves what a greedy run leaves that is killed before its first answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch.MossAudio, "from_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.main(arguments(folder, "--greedy", *options))
 
 
 def lines_of(data: bytes) -> list[bytes]:
@@ -161,6 +170,7 @@ def test_the_shared_options_reach_the_model(folder, capsys):
 
 
 def test_progress_says_how_many_are_answered_and_the_time_left(folder, capsys):
+    begin(folder)
     (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
     answered(folder)
     first, loading, line, last = capsys.readouterr().err.splitlines()
@@ -199,12 +209,13 @@ def test_a_batch_is_on_disk_before_the_next_begins(folder, monkeypatch):
     assert on_disk == [3, 6, 7]
 
 
-def test_ids_of_any_characters_are_found_again(folder):
+def test_ids_of_any_characters_are_found_again(folder, monkeypatch):
     ids = ["", "1", 1, -1, 2**70, " a\u2028\r\n", '"\\', "\ud800", "\x00"]
     write_manifest(folder, [{"prompt": "When?", "id": one} for one in ids])
     whole = answered(folder, "--greedy", "--max-new-tokens", "1")
     assert [answer["id"] for answer in parsed(whole)] == ids
-    assert answered(folder, "--greedy", "--max-new-tokens", "2") == whole
+    monkeypatch.delattr(batch.MossAudio, "from_pretrained")
+    assert answered(folder, "--greedy", "--max-new-tokens", "1") == whole
 
 
 def test_answers_and_parts_of_killed_runs_stay_byte_for_byte_and_only_the_others_are_made(folder):
@@ -218,6 +229,88 @@ def test_answers_and_parts_of_killed_runs_stay_byte_for_byte_and_only_the_others
     (folder / "out.jsonl.part").mkdir()  # killed while it merged
     (folder / "out.jsonl.part" / "out.jsonl").write_bytes(another[:20])
     assert answered(folder) == b"".join(lines)
+
+
+ANOTHER = {
+    "max_new_tokens": ["--greedy", "--max-new-tokens", "5"],
+    "temperature": ["--temperature", "0.5"],
+    "seed": ["--greedy", "--seed", "5"],
+    "time_markers": ["--greedy", "--no-time-markers"],
+    "dtype": ["--greedy", "--dtype", "bfloat16"],
+    "model": ["--greedy", "--model", str(GOLDEN / "checkpoint")],
+    "lora": ["--greedy", "--lora", str(GOLDEN / "training" / "lora")],
+}
+
+
+@pytest.mark.parametrize("other", ANOTHER)
+def test_answers_of_another_run_are_refused_and_left_alone(other, folder, capsys):
+    begin(folder)
+    (folder / "out.jsonl").write_text('{"id": 3, "text": "as it was"}\n')
+    before = {path: path.read_bytes() for path in folder.glob("out*")}
+    assert batch.main(arguments(folder, *ANOTHER[other])) == 2
+    said = f"its answers have another {other}; expected the same run, or another --out\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert {path: path.read_bytes() for path in folder.glob("out*")} == before
+
+
+def test_a_model_of_other_weights_is_another_though_its_shapes_are_the_same(folder, capsys):
+    shutil.copytree(TINY, folder / "tiny")
+    begin(folder, "--model", folder / "tiny")
+    (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
+    path = folder / "tiny" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[500_000] ^= 1
+    path.write_bytes(data)
+    assert batch.main(arguments(folder, "--greedy", "--model", folder / "tiny")) == 2
+    assert "another model;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[]", "{}", '{"lines": []}', "{" * 10**5, "\x00", "{}\n"]
+)
+def test_answers_of_nobody_knows_what_are_refused(text, folder, capsys):
+    (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
+    if text is not None:
+        (folder / "out.jsonl.run").write_text(text)
+    assert batch.main(arguments(folder, "--greedy")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out.jsonl.run" in line and line.endswith("expected the same run, or another --out")
+
+
+def test_a_line_that_has_changed_is_answered_again_and_no_other(folder):
+    begin(folder)
+    old = [{"id": name, "text": "as it was"} for name in IDS]
+    text = "".join(json.dumps(answer) + "\n" for answer in old)
+    (folder / "out.jsonl").write_text(text)
+    lines = [*LINES[:1], LINES[1] | {"prompt": "When?"}, *LINES[2:5], LINES[5] | {"audio": "no"}]
+    write_manifest(folder, [*lines, {"prompt": "New"}, LINES[6]])
+    answers = parsed(answered(folder))
+    assert [answer.pop("id") for answer in answers] == [*IDS[:6], 7, IDS[6]]
+    again = [answer != {"text": "as it was"} for answer in answers]
+    assert again == [False, True, False, False, False, True, True, False]
+
+
+def test_with_a_seed_a_line_that_has_moved_draws_anew(folder):
+    write_manifest(folder, [LINES[1], LINES[5]])
+    seeded = ["--seed", "40", "--max-new-tokens", "3"]
+    answered(folder, *seeded)
+    write_manifest(folder, [LINES[5], LINES[1]])
+    moved = answered(folder, *seeded)
+    (folder / "out.jsonl").unlink()
+    assert answered(folder, *seeded) == moved
+
+
+def test_the_answers_may_be_a_link_but_no_pipe(folder, capsys):
+    (folder / "elsewhere").mkdir()
+    (folder / "out.jsonl").symlink_to(folder / "elsewhere" / "out.jsonl")
+    write_manifest(folder, LINES[3:4])
+    assert batch.main(arguments(folder, "--greedy")) == 0
+    assert (folder / "out.jsonl").is_symlink()
+    assert len(lines_of((folder / "elsewhere" / "out.jsonl").read_bytes())) == 1
+    (folder / "out.jsonl").unlink()
+    os.mkfifo(folder / "out.jsonl")
+    assert batch.main(arguments(folder, "--greedy")) == 2
+    assert "out.jsonl is not an ordinary file" in capsys.readouterr().err
 
 
 # ---- errors, and what is refused ----
@@ -325,12 +418,19 @@ def test_each_process_has_its_own_gpu_unless_another_device_is_named(monkeypatch
     assert [batch.own_device(name) for name in names] == ["cuda:3", "cuda:3", "cuda:0", "cpu"]
 
 
-def torchrun(processes: int, script: Path, *argv) -> subprocess.CompletedProcess:
+def start_torchrun(processes: int, script: Path, *argv) -> subprocess.Popen:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, f"--nproc-per-node={processes}", script, *argv]
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent / "tools")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
+
+
+def torchrun(processes: int, script: Path, *argv) -> subprocess.CompletedProcess:
+    process = start_torchrun(processes, script, *argv)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 KILLED = """
@@ -365,5 +465,45 @@ def test_one_of_two_processes_is_killed_and_the_run_resumed_by_three(folder):
     run = torchrun(3, HERE.parent / "tools" / "batch.py", *options)
     assert run.returncode == 0, run.stderr
     assert (folder / "out.jsonl").read_bytes() == b"".join(whole)
-    assert list(folder.glob("out.jsonl.*")) == []
+    assert list(folder.glob("out.jsonl.*")) == [folder / "out.jsonl.run"]
     assert run.stderr.count("loading") == 1  # one of them tells
+
+
+WAITING = """
+import os, sys, time
+from pathlib import Path
+import batch
+
+def answer_batch(model, lines, args, report):
+    Path(args.manifest.parent, f"pid-{os.getpid()}").touch()
+    if report:  # the first process answers for long, and the other waits for it
+        time.sleep(600)
+    return []
+
+batch.answer_batch = answer_batch
+sys.exit(batch.main())
+"""
+
+
+def is_alive(process: str) -> bool:
+    """Whether a process is there, and not only because nobody has asked how it ended."""
+    path = Path("/proc", process, "stat")
+    return path.exists() and path.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@needs_proc
+@pytest.mark.slow
+def test_when_torchrun_is_killed_its_processes_end(folder):
+    (folder / "waiting.py").write_text(WAITING)
+    launcher = start_torchrun(2, folder / "waiting.py", *arguments(folder, "--greedy"))
+    wait_until(lambda: len(list(folder.glob("pid-*"))) == 2, 200)
+    launcher.kill()
+    workers = [path.name.removeprefix("pid-") for path in folder.glob("pid-*")]
+    wait_until(lambda: not any(is_alive(worker) for worker in workers), 30)

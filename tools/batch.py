@@ -13,11 +13,17 @@ product of several rows is rounded differently from one's.)
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
 are any, on one machine or on several that share the folder of --out. Each process writes a part,
-out.jsonl.part-0; the first process merges them at the end, or when the command is run again."""
+out.jsonl.part-0; the first process merges them at the end, or when the command is run again.
+
+out.jsonl.run says what decided the answers: the options, the model, and each line's clips, by name,
+and prompt. A line that has changed is answered again; another model or other options are refused.
+A model is known by its folder's name and the beginning of each of its files."""
 
 import argparse
+import dataclasses
 import datetime
 import glob
+import hashlib
 import json
 import os
 import sys
@@ -30,8 +36,9 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
 import moss_min
-from common import Progress, each_line, read_json_lines, say, whole
+from common import Progress, each_line, read_json_lines, say
 from encoder import require
 from lora import add_lora_option, lora_change
 from moss_min import MossAudio, Prompt, Step
@@ -130,10 +137,10 @@ class Line(NamedTuple):
 
     number: int  # from 1
     prompt: str
-    clips: list[Path]
+    clips: list[str]  # relative to the manifest
 
 
-def read_line(value: Any, folder: Path) -> tuple[Id | None, str, list[Path]]:
+def read_line(value: Any) -> tuple[Id | None, str, list[str]]:
     """Reads a manifest line's JSON value: its id (None: without), prompt and clips."""
     require(type(value) is dict, 'expected a JSON object like {"audio": "clip.wav", "id": "a"}')
     name = value.get("id")
@@ -148,13 +155,13 @@ def read_line(value: Any, folder: Path) -> tuple[Id | None, str, list[Path]]:
     require(good, f"id is {name!r:.60}; expected a string or whole number")
     require(clips or prompt is not None, "expected audio, a prompt or both")
     prompt = "Describe this audio." if prompt is None else prompt
-    return name, prompt, [folder / clip for clip in clips or []]
+    return name, prompt, clips or []
 
 
 def read_manifest(path: Path) -> dict[Id, Line]:
     """Reads the lines, by id. Raises ValueError that names the bad ones, an id given twice too."""
     lines = {}
-    values = each_line(path, read_json_lines(path), lambda value: read_line(value, path.parent))
+    values = each_line(path, read_json_lines(path), read_line)
     for number, (name, prompt, clips) in values.items():
         name = number if name is None else name
         require(name not in lines, f"{path}: line {number}: id {name!r:.60} is given twice")
@@ -183,24 +190,77 @@ def read_answers(path: Path, lines: dict[Id, Line]) -> Iterator[tuple[Id, bytes,
         yield name, text, "error" in value
 
 
-def merge(out: Path, lines: dict[Id, Line], drop_errors: bool = False) -> dict[Id, bool]:
-    """Brings the answers of out and its parts into out, in the manifest's order, and removes the
-    parts. Of two answers to a line the first counts. Returns whether it is an error, by id."""
+def merge(out: Path, lines: dict[Id, Line], dropped=()) -> dict[Id, bool]:
+    """Brings the answers of out and its parts into out, in the manifest's order and without those
+    that are dropped, and removes the parts. Of two answers to a line the first counts. Returns
+    whether it is an error, by id."""
     parts = sorted(out.parent.glob(glob.escape(out.name) + ".part-*"))
     texts = {}
     failures = {}
     for file in [out, *parts] if out.exists() else parts:
         for name, text, failed in read_answers(file, lines):
-            if name not in texts and not (failed and drop_errors):
+            if name not in texts and name not in dropped:
                 texts[name] = text
                 failures[name] = failed
     data = b"".join(texts[name] + b"\n" for name in lines if name in texts)
     if not out.exists() or out.read_bytes() != data:
-        with whole(out) as new:
+        with common.whole(out) as new:
             new.write_bytes(data)
     for part in parts:
         part.unlink()
     return failures
+
+
+# ---- what decides an answer ----
+
+
+def known_as(folder: str | Path) -> list[str]:
+    """Returns what a checkpoint or an adapter is known by: its folder's name, and a digest of the
+    beginnings of its files, with the names and shapes of its tensors."""
+    folder = Path(folder).resolve()
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".safetensors") and path.is_file():
+            with open(path, "rb") as file:
+                digest.update(file.read(1_000_000))
+    return [folder.name, digest.hexdigest()]
+
+
+def describe_run(lines: dict[Id, Line], args: argparse.Namespace) -> dict:
+    """Returns what decides the answers."""
+    run = dataclasses.asdict(args.sampling)
+    run |= {"dtype": args.dtype, "time_markers": args.time_markers}
+    run |= {"model": known_as(args.model), "lora": args.lora and known_as(args.lora), "lines": {}}
+    for name, line in lines.items():
+        seed = shift_seed(args.sampling, line.number).seed
+        decides = json.dumps([line.clips, line.prompt, seed]).encode()
+        run["lines"][json.dumps(name)] = hashlib.sha256(decides).hexdigest()[:16]
+    return run
+
+
+def start_run(out: Path, lines: dict[Id, Line], args: argparse.Namespace) -> None:
+    """Brings together what earlier runs have answered, without what is to be answered again. Raises
+    ValueError if that was another run than this."""
+    side = out.with_name(out.name + ".run")
+    now = describe_run(lines, args)
+    saved = {}
+    failures = merge(out, lines)
+    dropped = {name for name, failed in failures.items() if failed and args.retry_errors}
+    if failures:
+        expected = "expected the same run, or another --out"
+        require(side.exists(), f"{out}: no {side.name} says what its answers are to; {expected}")
+        saved = dict(read_json_lines(side)).get(1)
+        good = type(saved) is dict and type(saved.get("lines")) is dict
+        require(good, f"{side} is damaged; {expected}")
+        others = [key for key in now if key != "lines" and saved.get(key) != now[key]]
+        require(not others, f"{out}: its answers have another {', '.join(others)}; {expected}")
+        for name in failures:
+            key = json.dumps(name)
+            if saved["lines"].get(key) != now["lines"][key]:
+                dropped.add(name)
+    merge(out, lines, dropped)
+    if saved != now:
+        common.write_text(json.dumps(now), side)
 
 
 # ---- answers ----
@@ -214,7 +274,8 @@ def answer_batch(model: MossAudio, lines: dict[Id, Line], args, report) -> list[
     samplings = []
     for name, line in lines.items():
         try:
-            prompt = model.prompt(line.prompt, line.clips, args.time_markers)
+            clips = [args.manifest.parent / clip for clip in line.clips]
+            prompt = model.prompt(line.prompt, clips, args.time_markers)
             samplings.append(model.fit(prompt, shift_seed(args.sampling, line.number)))
             prompts.append(prompt)
             names.append(name)
@@ -226,11 +287,17 @@ def answer_batch(model: MossAudio, lines: dict[Id, Line], args, report) -> list[
             if model.is_cut(ids):
                 answers[names[i]]["cut"] = True
     except Exception as error:
-        if not moss_min.out_of_memory(error):
+        no_memory = moss_min.out_of_memory(error)
+        if not no_memory and not isinstance(error, ValueError):
             raise
-        # By itself a line may have room.
-        require(len(names) == 1, f"a smaller --batch takes less: {error}")
-        answers[names[0]] = {"id": names[0], "error": str(error)}
+        alone = len(names) == 1  # so it may have room
+        require(alone or not no_memory, f"a smaller --batch takes less: {error}")
+        if alone:
+            answers[names[0]] = {"id": names[0], "error": str(error)}
+        else:
+            # Which line has logits that are not finite shows when each is answered by itself.
+            for name in names:
+                (answers[name],) = answer_batch(model, {name: lines[name]}, args, report)
     return list(answers.values())
 
 
@@ -274,16 +341,19 @@ def run(args: argparse.Namespace) -> None:
     require(args.batch > 0, f"--batch is {args.batch}; expected a whole number from 1 up")
     lines = read_manifest(args.manifest)
     shift_seed(args.sampling, max(line.number for line in lines.values()))
+    args.out = common.as_target(args.out)
     folder = args.out.parent
     require(folder.is_dir(), f"{folder} is no folder; expected --out in one that is there")
     if rank == 0:
-        merge(args.out, lines, args.retry_errors)
+        start_run(args.out, lines, args)
     path = args.out
     if world > 1:
         path = args.out.with_name(f"{args.out.name}.part-{rank}")
+        common.end_with_parent()
+        dist.init_process_group("gloo")
         # The first process waits for the slowest. All take their lines of one merged file.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=365))
-        dist.barrier()
+        everybody = dist.new_group(timeout=datetime.timedelta(days=365))
+        dist.barrier(everybody)
     kept = {name for name, *_ in read_answers(args.out, lines)}
     left = [name for name in lines if name not in kept]
     own = {name: lines[name] for name in left[rank::world]}
@@ -295,7 +365,7 @@ def run(args: argparse.Namespace) -> None:
         model = MossAudio.from_pretrained(args.model, device, args.dtype, report, change)
         answer_all(model, own, path, args, rank)
     if world > 1:
-        dist.barrier()
+        dist.barrier(everybody)
         dist.destroy_process_group()
     if rank == 0:
         failures = merge(args.out, lines)
