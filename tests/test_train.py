@@ -151,7 +151,7 @@ def test_pefts_adapter_gives_pefts_logits():
 
 @pytest.fixture(scope="module")
 def samples(data) -> list[train.Sample]:
-    examples = train.read_data(data, golden_model())
+    examples = train.read_data(data, golden_model()).values()
     return [make_sample(golden_model(), each.prompt, each.clips, each.answer) for each in examples]
 
 
@@ -535,6 +535,88 @@ def test_a_state_stays_whole_when_writing_the_next_one_fails(data, tmp_path, mon
         assert json.loads(file.metadata()["run"])["step"] == 1
 
 
+def test_training_stops_at_the_first_loss_that_is_not_finite_and_saves_nothing_of_it(
+    data, tmp_path, monkeypatch, capsys
+):
+    model = load().requires_grad_(True)
+    (bracket,) = model.tokenizer.encode("[").ids  # line 3 alone has it
+    with torch.no_grad():
+        model.language_model.embed_tokens.weight[bracket] = math.nan
+    monkeypatch.setattr(train, "load_model", lambda *_: model)
+    step = train.draw([1, 2, 3, 4, 5], 0, 0, 5).index(3) + 1
+    argv = "--steps", 5, "--batch", 1, "--save-every", 1
+    assert main(arguments(data, tmp_path, *argv)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"step {step}: the loss is nan" in said and "data line [3]" in said
+    assert os.listdir(tmp_path) == ["training"]
+    assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, step))
+    with safe_open(tmp_path / "training" / "state.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["run"])["step"] == step - 1
+
+
+@pytest.fixture
+def stopped(finished) -> tuple[Path, list[str]]:
+    """A training's folder with the state after two of three steps, and its arguments."""
+    out, argv = finished
+    rewrite(out, lambda tensors, run: run.update(step=2))
+    return out, argv
+
+
+def rewrite(out: Path, change) -> None:
+    """Changes the tensors and the run, both dicts, of a saved state."""
+    path = out / "training" / "state.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        run = json.loads(file.metadata()["run"])
+    change(tensors, run)
+    save_file(tensors, path, {"run": json.dumps(run)})
+
+
+A_MOMENT = "exp_avg.language_model.layers.0.mlp.up_proj.lora_A.weight"
+TAMPERED = {
+    "no step": lambda tensors, run: run.pop("step"),
+    "half a step": lambda tensors, run: run.update(step=1.5),
+    "a step before the first": lambda tensors, run: run.update(step=-1),
+    "no batch": lambda tensors, run: run.pop("batch"),
+    "no moment": lambda tensors, run: tensors.pop(A_MOMENT),
+    "a short moment": lambda tensors, run: tensors.update({A_MOMENT: torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
+def test_a_state_that_was_tampered_with_is_refused(change, stopped, capsys):
+    out, argv = stopped
+    rewrite(out, change)
+    assert "state.safetensors: " in refusal(capsys, argv)
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 10**5, "[]", "{}", '{"run": 3}'])
+def test_a_state_of_no_run_is_refused(text, stopped, capsys):
+    out, argv = stopped
+    save_file({}, out / "training" / "state.safetensors", {"run": text})
+    assert "state.safetensors: " in refusal(capsys, argv)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100])
+def test_what_is_no_state_is_refused(content, stopped, capsys):
+    out, argv = stopped
+    path = out / "training" / "state.safetensors"
+    path.unlink()
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    assert "state.safetensors" in refusal(capsys, argv)
+
+
+@pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", "{}", '{"step": "1"}', "\ud800"])
+def test_a_log_that_was_tampered_with_is_refused(line, stopped, capsys):
+    out, argv = stopped
+    path = out / "training" / "log.jsonl"
+    path.write_text('{"step": 1}\n' + line, errors="surrogatepass")
+    assert f"{path}: line 2 has no step; expected" in refusal(capsys, argv)
+
+
 # ---- bad data ----
 
 
@@ -585,12 +667,25 @@ def test_the_first_three_bad_lines_and_their_count_are_in_one_message(small, cap
     assert re.findall(r"(?:line |)\d(?= bad lines|: )", said) == ["5", "line 2", "line 3", "line 4"]
 
 
+def test_a_line_that_is_nested_too_deep_to_be_shown_is_a_bad_line():
+    nested = []
+    for _ in range(10**5):
+        nested = [nested]
+    line = GOOD | {"task": nested}
+    with pytest.raises(ValueError, match="x.jsonl: 1 bad lines: line 7: .*recursion"):
+        common.each_line("x.jsonl", [(7, line)], lambda value: common.read_example(value, Path()))
+
+
 BAD_COMMANDS = {
     "--model small --data absent.jsonl": "absent.jsonl",
     "--model small --data empty.jsonl": "expected at least one line",
     "--model small --data good.jsonl --out good.jsonl": "good.jsonl",
     "--model small --data good.jsonl --steps 0": "--steps: expected a number above 0",
-    "--model small --data good.jsonl --lora-rank -1": "--lora-rank: expected a number from 0 up",
+    "--model small --data good.jsonl --lora-rank -1": "--lora-rank: expected a number from 0",
+    "--model small --data good.jsonl --lora-rank 1000000": "--lora-rank: expected a number from 0",
+    "--model small --data good.jsonl --seed 1000000000000000000000": "--seed: expected",
+    "--model small --data good.jsonl --lr inf": "--lr: expected a number above 0 and below 1e9",
+    "--model= --data good.jsonl": "--model: expected a folder's name",
     "--model small --data good.jsonl --lora-encoder": "--lora-encoder: expected --lora-rank",
     "--model small --data good.jsonl --lora absent": "adapter_config.json is not there",
     "--model small --data good.jsonl --init small": "not allowed with",
@@ -666,6 +761,24 @@ def test_an_adapter_whose_tensors_fit_no_weight_is_refused(spoilt, adapter):
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, adapter / "adapter_model.safetensors")
     assert "fits no weight" in refused(adapter)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_adapter_that_is_not_finite_is_refused(value, adapter):
+    tensors = load_file(LORA / "adapter_model.safetensors")
+    tensors[B][0, 0] = value
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert f"{A} or its other half holds NaN or infinity" in refused(adapter)
+
+
+def test_a_sum_of_weights_and_adapter_that_overflows_is_refused(adapter):
+    edit_json(adapter / "adapter_config.json", lora_alpha=2e9)
+    tensors = load_file(LORA / "adapter_model.safetensors")
+    tensors[A] *= 1e17
+    tensors[B] *= 1e17
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="up_proj.weight overflows; expected"):
+        load(lora=adapter)
 
 
 def test_an_adapter_that_is_not_whole_is_refused(adapter):

@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,13 +39,20 @@ def part_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Yields where to write a file, which is then renamed: what stands at the path is always whole.
-    A link stays a link, and the file that it leads to is replaced."""
+def as_target(path: Path) -> Path:
+    """Returns the file that is to be written, where a link leads. Raises ValueError for a folder, a
+    pipe or a device."""
     path = Path(os.path.realpath(path))
     good = path.is_file() or not path.exists()
     require(good, f"{path} is not an ordinary file; expected the name of one")
+    return path
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which is then renamed: what stands at the path is always whole.
+    A link stays a link."""
+    path = as_target(path)
     with part_folder(path.with_name(path.name + ".part")) as folder:
         yield folder / path.name
         os.replace(folder / path.name, path)
@@ -103,8 +111,9 @@ def each_line(path: Path, lines: Iterable[tuple[int, Any]], work: Callable) -> d
     for number, value in lines:
         try:
             done[number] = work(value)
-        # tokenizers raises TypeError for text that is not Unicode.
-        except (ValueError, TypeError) as error:
+        # tokenizers raises TypeError for text that is not Unicode; what is nested too deep to be
+        # shown, Python a RecursionError.
+        except (ValueError, TypeError, RecursionError) as error:
             wrong.append(f"line {number}: {error}")
     require(not wrong, f"{path}: {len(wrong)} bad lines: {'; '.join(wrong[:3])}")
     return done
@@ -167,17 +176,42 @@ def save_state(path: Path, tensors: dict[str, torch.Tensor], run: dict) -> None:
 def read_run(path: Path, run: dict) -> dict:
     """Returns the run of a saved state, which may hold more than the given one: the step. Raises
     ValueError for the state of another run."""
-    with safe_open(path, "pt") as file:
-        saved = json.loads((file.metadata() or {}).get("run", "{}"))
+    require(path.is_file(), f"{path} is not an ordinary file; expected a saved state")
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["run"])
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error!r:.200}; expected a saved state") from error
+    good = type(saved) is dict and type(saved.get("step")) is int and saved["step"] >= 0
+    require(good, f"{path}: its run is {saved!r:.60}; expected an object with a step")
     other = ", ".join(name for name in run if saved.get(name) != run[name])
     require(not other, f"{path}: a run with another {other}; expected the same, or another --out")
     return saved
 
 
-def load_state(path: Path, run: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """Returns a state's tensors and its run; see read_run."""
+def load_state(path: Path, run: dict, like=()) -> tuple[dict[str, torch.Tensor], dict]:
+    """Returns a state's tensors and its run; see read_run. Raises ValueError, too, if it lacks one
+    of the tensors in the dict `like`, or has it in another shape."""
     saved = read_run(path, run)
-    return load_file(path), saved
+    tensors = load_file(path)
+    for name, tensor in dict(like).items():
+        good = name in tensors and tensors[name].shape == tensor.shape
+        require(
+            good, f"{path}: {name} is missing or has another shape; expected it as it was saved"
+        )
+    return tensors, saved
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as its parent is gone: torchrun, killed hard, ends nobody."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Progress:

@@ -85,6 +85,8 @@ def read_pairs(path: Path, rank: int, shapes: dict) -> dict[str, tuple[Tensor, T
         require(
             fits, f"{path}: {key} fits no weight with rank {rank}, or its other half is missing"
         )
+        finite = bool(A.isfinite().all() and B.isfinite().all())
+        require(finite, f"{path}: {key} or its other half holds NaN or infinity; expected neither")
         pairs[name] = (A.float(), B.float())
     require(len(pairs) > 0, f"{path}: expected pairs of lora_A and lora_B")
     return pairs
@@ -105,7 +107,9 @@ def lora_change(folder: str | Path | None, checkpoint: str | Path) -> Callable:
         if name not in pairs:
             return stored
         A, B = pairs[name]
-        return stored.float() + scale * (B @ A)
+        changed = stored.float() + scale * (B @ A)
+        require(bool(changed.isfinite().all()), f"{folder}: {name} overflows; expected less of it")
+        return changed
 
     return change
 

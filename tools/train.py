@@ -15,7 +15,6 @@ trains in N processes.
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -56,6 +55,7 @@ class Sample(NamedTuple):
     ids: torch.Tensor  # int64 [N]
     labels: torch.Tensor  # int64 [N], IGNORE but for the answer
     mels: list[torch.Tensor]  # for each clip, bfloat16 [128, T]
+    line: int = 0  # of the data, from 1
 
 
 def count_frames(path: Path) -> int:
@@ -86,9 +86,9 @@ def make_sample(model: MossAudio, text: str, clips, answer: str, time_markers=No
     return Sample(torch.cat([prompt.ids, learned]), labels, prompt.mels)
 
 
-def read_data(path: Path, model: MossAudio) -> list[Example]:
-    """Reads a data file. Raises ValueError that names the lines that can't be learned from: before
-    the first step, not in the middle of the night."""
+def read_data(path: Path, model: MossAudio) -> dict[int, Example]:
+    """Reads a data file's lines, by number. Raises ValueError that names what can't be learned
+    from: before the first step, not in the middle of the night."""
     most = model.config.decoder.max_position_embeddings
 
     def read(value) -> Example:
@@ -102,7 +102,7 @@ def read_data(path: Path, model: MossAudio) -> list[Example]:
 
     examples = common.each_line(path, common.read_json_lines(path), read)
     require(len(examples) > 0, f"{path}: expected at least one line")
-    return list(examples.values())
+    return examples
 
 
 def draw(examples: list, seed: int, first: int, count: int) -> list:
@@ -179,17 +179,6 @@ class SummedLoss(nn.Module):
 # ---- checkpoints ----
 
 
-def free_names(out: Path, count: int) -> list[str]:
-    """Returns names for shards that no file in out has: an old index leads to the old shards until
-    the new index takes its place."""
-    for take in itertools.count():
-        stem = f"model-{take}" if take else "model"
-        names = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-        if not any((out / name).exists() for name in names):
-            break
-    return names
-
-
 def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000_000_000) -> None:
     """Writes the model in the released layout: bfloat16, in shards with an index if one is not
     enough; all else is the source's. No file in out is touched before all new ones are whole."""
@@ -205,7 +194,13 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
         room -= size
         total += size
     out.mkdir(parents=True, exist_ok=True)
-    names = free_names(out, len(shards)) if len(shards) > 1 else ["model.safetensors"]
+    # New shards get new names: an old index leads to the old ones until the new index is there.
+    stem = "model"
+    while any(out.glob(f"{stem}-0*")):
+        stem += "-new"
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
     index = "model.safetensors.index.json"
     with common.part_folder(out / ".part") as part:
         weight_map = {}
@@ -253,13 +248,13 @@ class Trainer:
                 "exp_avg": torch.zeros_like(parameter.data),
                 "exp_avg_sq": torch.zeros_like(parameter.data),
             }
-        self.summed = SummedLoss(model)
+        self.loss = SummedLoss(model)
+        self.summed = self.loss
         if WORLD > 1:
-            self.summed = nn.parallel.DistributedDataParallel(self.summed)
+            self.summed = nn.parallel.DistributedDataParallel(self.loss)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns what training goes on from beside the random state: weights in float32, and
-        AdamW's moments."""
+        """Returns what training goes on from: weights in float32, and AdamW's moments."""
         tensors = {}
         for name, parameter in self.trained.items():
             tensors[f"weight.{name}"] = parameter.data
@@ -269,7 +264,8 @@ class Trainer:
 
     def step(self, step: int, samples: list[Sample]) -> tuple[float, float, int]:
         """Makes one step with this process's samples. Returns the mean loss of a learned token and
-        the number of tokens, both over all processes, and between them the gradient's norm."""
+        the number of tokens, both over all processes, and between them the gradient's norm. Raises
+        ValueError, before anything changes, if one of them is not finite."""
         learned = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
         tokens = sum(len(sample.ids) for sample in samples)
         counts = torch.tensor([learned, tokens], device=self.device)
@@ -288,12 +284,19 @@ class Trainer:
                 # DistributedDataParallel divides by the processes.
                 (loss * WORLD / counts[0]).backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.args.clip)
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.args.clip))
+        if WORLD > 1:
+            dist.all_reduce(total)
+        mean = float(total / counts[0])
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            with torch.no_grad():
+                wrong = [each.line for each in samples if not self.loss([each]).isfinite()]
+            said = f"step {step + 1}: the loss is {mean}, its gradient {norm}; nothing is saved"
+            where = f"data line {wrong}" if wrong else "no data line by itself: at --lr"
+            raise ValueError(f"{said}. Look at {where}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if WORLD > 1:
-            dist.reduce(total, 0)
-        return float(total / counts[0]), float(norm), int(counts[1])
+        return mean, norm, int(counts[1])
 
 
 def state_path(args: argparse.Namespace) -> Path:
@@ -322,7 +325,7 @@ def is_finished(args: argparse.Namespace) -> bool:
     return len(files) > 1 and all(f.exists() and f.stat().st_mtime_ns >= made for f in files)
 
 
-def train(model: MossAudio, examples: list[Example], args: argparse.Namespace) -> None:
+def train(model: MossAudio, examples: dict[int, Example], args: argparse.Namespace) -> None:
     """Trains the parameters that require a gradient. A step is a line on stderr and one in
     OUT/training/log.jsonl."""
     trainer = Trainer(model, args)
@@ -332,21 +335,27 @@ def train(model: MossAudio, examples: list[Example], args: argparse.Namespace) -
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
     if state.exists():
-        saved, run = common.load_state(state, options)
+        saved, run = common.load_state(state, options, trainer.tensors())
         start = run["step"]
-        torch.set_rng_state(saved["random_state"])
         for name, tensor in trainer.tensors().items():
             tensor.copy_(saved[name])
         for moments in trainer.optimizer.state.values():
             moments["step"].fill_(start)
     path = folder / "log.jsonl"
-    log = path.read_text("utf-8").splitlines() if path.exists() else []
-    log = [line for line in log if json.loads(line)["step"] <= start]
+    log = []
+    for number, value in common.read_json_lines(path) if path.exists() else []:
+        good = type(value) is dict and type(value.get("step")) is int
+        require(good, f"{path}: line {number} has no step; expected what a training has written")
+        if value["step"] <= start:
+            log.append(json.dumps(value))
     size = args.batch * args.accumulate
 
     def read_samples(step: int) -> list[Sample]:
-        drawn = draw(examples, args.seed, (step * WORLD + RANK) * size, size)
-        return [make_sample(model, each.prompt, each.clips, each.answer) for each in drawn]
+        samples = []
+        for line in draw(list(examples), args.seed, (step * WORLD + RANK) * size, size):
+            prompt, clips, answer, _ = examples[line]
+            samples.append(make_sample(model, prompt, clips, answer)._replace(line=line))
+        return samples
 
     began = time.perf_counter()
     seen = 0
@@ -370,8 +379,7 @@ def train(model: MossAudio, examples: list[Example], args: argparse.Namespace) -
             log.append(json.dumps({"step": done, "loss": loss, "lr": rate}))
             write_text("\n".join(log) + "\n", path)
             if done % args.save_every == 0 or done == args.steps:
-                tensors = trainer.tensors() | {"random_state": torch.get_rng_state()}
-                common.save_state(state, tensors, options | {"step": done})
+                common.save_state(state, trainer.tensors(), options | {"step": done})
 
 
 # ---- command line ----
@@ -389,13 +397,16 @@ def load_model(args: argparse.Namespace, device: str) -> MossAudio:
 
 
 def run(args: argparse.Namespace) -> None:
-    require(args.lora_rank >= 0, "--lora-rank: expected a number from 0 up")
+    require(0 <= args.lora_rank <= 4096, "--lora-rank: expected a number from 0 to 4096")
+    require(abs(args.seed) < 2**62, "--seed: expected a number of less than 62 bits")
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * max(args.lora_rank, 1)
     for name in "steps", "batch", "accumulate", "lr", "warmup", "clip", "save_every", "lora_alpha":
         option = "--" + name.replace("_", "-")
-        require(getattr(args, name) > 0, f"{option}: expected a number above 0")
+        good = 0 < getattr(args, name) < 1e9
+        require(good, f"{option}: expected a number above 0 and below 1e9")
     require(args.lora_rank or not args.lora_encoder, "--lora-encoder: expected --lora-rank, too")
+    require(args.model or args.init, "--model: expected a folder's name")
     message = "--merge and --lora: expected --model, whose weights the adapter is added to"
     require(args.model or not (args.merge or args.lora), message)
     out = Path(args.out)
@@ -414,6 +425,7 @@ def run(args: argparse.Namespace) -> None:
         return
     device = args.device
     if WORLD > 1:
+        common.end_with_parent()
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             device = f"cuda:{os.environ['LOCAL_RANK']}"
