@@ -27,7 +27,8 @@ STRIDE = 8  # mel frames in an audio token: three convolutions of stride 2
 # ffmpeg may open these formats alone: none of them leads on to another file or address.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg"
 ONLY = f"-protocol_whitelist file -format_whitelist {CONTAINERS},tta,w64,wav,wv"
-FFMPEG = f"ffmpeg -v error -nostdin {ONLY} -i file:sound -map 0:a:0 -c:a pcm_f32be -f au pipe:1"
+FFMPEG = f"ffmpeg -v error -nostdin {ONLY} -i file:a -map 0:a:0 -t 3601 -c:a pcm_f32le file:b.w64"
+LONGEST = 3600  # seconds: 40,960 positions hold 54.6 minutes without time markers
 
 
 def require(good: bool, sentence: str) -> None:
@@ -38,15 +39,15 @@ def require(good: bool, sentence: str) -> None:
 
 def load_audio(source) -> Tensor:
     """Returns a sound as float32 [samples], 16 kHz, mono. source: a path, an open binary file, or a
-    float array [samples] at 16 kHz. Raises ValueError for what is no sound, holds NaN or infinity,
-    or is shorter than one hop of 10 ms."""
+    float array [samples] at 16 kHz. Raises ValueError for what is no sound, is shorter than one hop
+    of 10 ms or longer than an hour, or holds NaN, infinity or values beyond 10,000."""
     require(source is not None, "no sound, but None; expected a sound file or an array")
     is_path = isinstance(source, (str, os.PathLike))
     name = source if is_path else getattr(source, "name", None) or "sound"
     try:
         if is_path or hasattr(source, "read"):
-            data = Path(source).read_bytes() if is_path else source.read()
-            wave = resample(*decode(data, name))
+            with open(source, "rb") if is_path else io.BytesIO(source.read()) as file:
+                wave = resample(*decode(file, name))
         else:
             wave = source if torch.is_tensor(source) else torch.as_tensor(np.array(source))
     except (OSError, MemoryError, TypeError, RuntimeError) as error:
@@ -54,35 +55,57 @@ def load_audio(source) -> Tensor:
         raise ValueError(f"{name}: {said}; expected a sound file or an array") from error
     good = wave.ndim == 1 and wave.is_floating_point()
     require(good, f"{name}: {wave.dtype} {[*wave.shape]}; expected floats [samples] at 16 kHz")
-    good = len(wave) >= HOP
-    require(good, f"{name}: {len(wave)} samples at 16 kHz; expected at least {HOP}, a hop of 10 ms")
+    good = HOP <= len(wave) <= LONGEST * SAMPLE_RATE
+    require(good, f"{name}: {len(wave)} samples at 16 kHz; expected {HOP} (10 ms) to an hour")
     wave = wave.detach().cpu().float()
-    good = bool(wave.isfinite().all())
-    require(good, f"{name}: samples that are NaN or infinite; expected finite ones")
+    low, high = wave.aminmax()  # NaN if a sample is
+    good = bool(low >= -10_000 and high <= 10_000)
+    require(good, f"{name}: samples that are NaN, infinite or beyond 10,000; full scale is 1")
     return wave
 
 
-def decode(data: bytes, name: str) -> tuple[Tensor, int]:
-    """Returns a sound file's samples, float32 [samples], averaged over its channels, and its rate.
-    What soundfile can't read (m4a, mp4, webm, ...), ffmpeg does where there is one."""
-    require(len(data) > 0, f"{name}: an empty file; expected a sound")
+def read_mono(source, name: str) -> tuple[Tensor, int]:
+    """Returns a sound's samples, float32 [samples], averaged over its channels, and its rate."""
+    with soundfile.SoundFile(source) as file:
+        # Else soundfile seeks after each block, and the next of an MP3 file is not what it was.
+        file.seekable = lambda: False
+        rate = file.samplerate
+        require(1000 <= rate <= 768_000, f"{name}: {rate} Hz; expected from 1,000 to 768,000")
+        # The header may lie about the length. Memory is taken by what is written alone.
+        mono = np.empty(min(file.frames, LONGEST * rate + 1), np.float32)
+        count = 0
+        for start in range(0, len(mono), 1 << 14):
+            block = file.read(1 << 14, "float32", always_2d=True)[: len(mono) - start]
+            mono[start : start + len(block)] = block.mean(axis=1)  # of [n, channels]
+            count += len(block)
+    return torch.from_numpy(mono[:count]), rate
+
+
+def decode(file, name: str) -> tuple[Tensor, int]:
+    """Returns an open sound file's samples and rate, as read_mono. What soundfile can't read (m4a,
+    mp4, webm, ...), ffmpeg does where there is one."""
+    if not file.seekable():  # a pipe
+        file = io.BytesIO(file.read())
+    require(file.seek(0, io.SEEK_END) > 0, f"{name}: an empty file; expected a sound")
+    file.seek(0)
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
+        return read_mono(file, name)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError if it is called x.raw
         said = getattr(error, "error_string", error)  # str(error) has an address in memory
         found = shutil.which("ffmpeg") is not None
         require(found, f"{name}: {said} For other formats an ffmpeg on the PATH is needed")
         with tempfile.TemporaryDirectory() as folder:
             # Alone in a folder, under a name that tells ffmpeg nothing.
-            Path(folder, "sound").write_bytes(data)
+            file.seek(0)
+            with open(Path(folder, "a"), "wb") as copy:
+                shutil.copyfileobj(file, copy)
             run = subprocess.run(FFMPEG.split(), cwd=folder, capture_output=True)
-        said = run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"]
-        silent = "matches no streams" in run.stderr.decode(errors="replace")
-        require(not silent, f"{name}: there is no sound in it; expected a file with some")
-        good = run.returncode == 0 and len(run.stdout) > 0
-        require(good, f"{name}: soundfile and ffmpeg can't read it as a sound: {said[-1]}")
-        samples, rate = soundfile.read(io.BytesIO(run.stdout), dtype="float32", always_2d=True)
-    return torch.from_numpy(samples.mean(axis=1)), rate  # from [samples, channels]
+            said = run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"]
+            silent = "matches no streams" in run.stderr.decode(errors="replace")
+            require(not silent, f"{name}: there is no sound in it; expected a file with some")
+            message = f"{name}: soundfile and ffmpeg can't read it as a sound: {said[-1]}"
+            require(run.returncode == 0, message)
+            return read_mono(Path(folder, "b.w64"), name)
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:
