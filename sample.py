@@ -69,6 +69,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Returns the next id from float32 logits [1, V]: the likeliest, or one draw."""
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: look at the weights (float16 overflows)")
     if sampling.temperature == 0:
         return int(logits.argmax(-1))
     return int(torch.multinomial(probabilities(logits, sampling), 1, generator=generator))
