@@ -13,6 +13,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import difflib
 import functools
 import json
@@ -29,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from adapter import AdapterConfig, GatedMLP, audio_ids, splice
+from adapter import DIGIT_IDS, AdapterConfig, GatedMLP, audio_ids, splice
 from encoder import HOP, AudioEncoder, EncoderConfig, count_tokens, load_audio, log_mel, require
 from qwen3 import KVCache, Linear, Qwen3, Qwen3Config
 from sample import Picker, Sampling, generate, split_thinking, stream_answer, stream_text
@@ -85,6 +86,8 @@ def require_fixed(data: dict, where: str, **values) -> None:
 
 def read_config(folder: Path) -> MossConfig:
     """Reads a checkpoint folder's configuration. Raises ValueError for what isn't supported."""
+    odd = [path.name for path in folder.glob("*") if path.is_fifo() or path.is_char_device()]
+    require(not odd, f"{folder}: {odd} are pipes or devices; expected files")
     config = {"model_type": None} | read_json(folder / "config.json")
     processor = read_json(folder / "processor_config.json", optional=True)
     generation = read_json(folder / "generation_config.json", optional=True)
@@ -123,9 +126,12 @@ def read_config(folder: Path) -> MossConfig:
     require(shared, "expected num_key_value_heads to divide num_attention_heads")
     exist = max(taps, default=0) < encoder.encoder_layers
     require(exist, f"deepstack_encoder_layer_indexes {taps}: expected layers that there are")
-    ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id, *stop_ids)
-    most = decoder.vocab_size
-    require(max(ids) < most, f"audio and eos token ids {ids}: expected below {most}")
+    layers = max(encoder.encoder_layers, decoder.num_hidden_layers, len(taps))
+    require(layers <= 512, f"config.json has {layers} layers or taps; expected at most 512")
+    ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id)
+    known = f"audio_token_id, audio_start_id and audio_end_id are {ids}, eos_token_id {stop_ids}"
+    apart = max(*ids, *stop_ids) < decoder.vocab_size and len({*ids, *DIGIT_IDS}) == 13
+    require(apart, f"{known}; expected below vocab_size, audio ids of their own and no digit's")
     encoder = replace(encoder, deepstack_encoder_layer_indexes=taps[: counts[0]])
     return MossConfig(encoder, adapter, decoder, stop_ids)
 
@@ -143,16 +149,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Loads Qwen's byte-level BPE: a tokenizer.json, or its vocabulary, merges and added tokens."""
     try:
         if (folder / "tokenizer.json").exists():
+            data = read_json(folder / "tokenizer.json")
+            require_fixed(data["model"], "model", type="BPE", dropout=None, ignore_merges=False)
+            pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+            require_fixed(pattern, "pre_tokenizer", Regex=PIECE)
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
             tokenizer.no_truncation()  # it may have been saved with either
             tokenizer.no_padding()
-            return tokenizer
-        vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-        for i, token in added.items():
-            vocab[token["content"]] = int(i)  # or it would get the next free id
-        tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE takes no empty list
-        tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
+        else:
+            files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
+            vocab, merges = models.BPE.read_file(*files)
+            added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
+            for i, token in added.items():
+                vocab[token["content"]] = int(i)  # or it would get the next free id
+            tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE takes no empty list
+            tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
     except Exception as error:  # tokenizers raises no narrower class
         files = "tokenizer.json or vocab.json, merges.txt, tokenizer_config.json"
         raise ValueError(f"{folder}: {files}: {error!r:.200}") from error
@@ -256,7 +267,10 @@ class MossAudio(nn.Module):
         config = read_config(folder)
         shards = map_shards(folder)
         tokenizer = load_tokenizer(folder)
-        largest = max(tokenizer.get_vocab().values(), default=0)
+        vocab = tokenizer.get_vocab()
+        lacking = {"<|im_end|>", *pre_tokenizers.ByteLevel.alphabet()} - vocab.keys()
+        require(not lacking, f"{folder}: the tokenizer lacks {sorted(lacking)[:3]}")
+        largest = max(vocab.values(), default=0)
         V = config.decoder.vocab_size
         require(largest < V, f"{folder}: the tokenizer has id {largest}; expected below {V}")
         with torch.device("meta"):  # shapes without memory
@@ -294,6 +308,8 @@ class MossAudio(nn.Module):
         most = self.config.decoder.max_position_embeddings
         is_text = re.search("[\ud800-\udfff]", text) is None
         require(is_text, "the prompt has bytes that are not UTF-8; expected text")
+        short = len(text.encode()) <= 128 * min(most, 40_960)  # Qwen's longest token has 128
+        require(short, f"the prompt has {len(text)} characters; expected at most {most} tokens")
         if not PLACEHOLDER.search(text):
             clips = CLIP * len(frames) + "\n" if frames else ""
             text = SYSTEM + USER.format(clips + text)
@@ -320,7 +336,9 @@ class MossAudio(nn.Module):
         """Makes the model's input of a text and its clips: what load_audio takes, or a list of it.
         A text without placeholders (<|audio_bos|><|AUDIO|><|audio_eos|>, one a clip) is wrapped as
         a user's, behind the clips. time_markers: None is as processor_config.json says. Raises
-        ValueError for bad sound, placeholders that don't match the clips, and too many tokens."""
+        ValueError for bad sound, placeholders that don't match the clips, and too many tokens.
+        Special tokens in the text, such as <|im_end|>, become their ids, as upstream's do: an
+        application must decide about text from strangers."""
         if not isinstance(clips, (list, tuple)):
             clips = [clips]
         waves = [load_audio(clip) for clip in clips]
@@ -560,9 +578,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
+def say(line: str) -> None:
+    """Prints a line on stderr, control characters escaped, whether or not somebody reads it."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    with contextlib.suppress(OSError):
+        print(shown, file=sys.stderr, flush=True)
+
+
 def end(program: str, work: Callable[[], int | None]) -> int:
     """Runs a program's work and returns its exit status: 2, after one line on stderr, for what is
     wrong with the input; 130 after Ctrl-C."""
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # it was closed
     try:
         return work() or 0
     except KeyboardInterrupt:
@@ -575,7 +601,7 @@ def end(program: str, work: Callable[[], int | None]) -> int:
         foreseen = (ValueError, OSError, SafetensorError)
         if not isinstance(error, foreseen) and not out_of_memory(error):
             raise
-        print(f"{program}: {' '.join(str(error).split()):.380}", file=sys.stderr)
+        say(f"{program}: {' '.join(str(error).split()):.380}")
         return 2
 
 
@@ -601,7 +627,7 @@ def run(argv: list[str] | None) -> None:
 
     def report(line: str) -> None:
         if not args.quiet:
-            print(line, file=sys.stderr, flush=True)
+            say(line)
 
     names = args.audio
     if not names and args.prompt is None:
@@ -639,11 +665,10 @@ def run(argv: list[str] | None) -> None:
     finally:
         print(flush=True)
     if model.is_cut(ids):
-        print(f"the answer is cut after {len(ids)} tokens: no room for more", file=sys.stderr)
+        say(f"the answer is cut after {len(ids)} tokens: no room for more")
     shows = sys.stdout.encoding or "utf-8"
     if answer.encode(shows, "replace").decode(shows) != answer:
-        said = f"question marks stand for what {shows} can't show; set PYTHONIOENCODING=utf-8"
-        print(said, file=sys.stderr)
+        say(f"question marks stand for what {shows} can't show; set PYTHONIOENCODING=utf-8")
     first = times[1] - times[0]
     rate = (len(ids) - 1) / max(times[-1] - times[1], 1e-9)
     report(f"{len(ids)} new tokens: the first after {first:.2f} s, then {rate:.1f} a second")
@@ -662,4 +687,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what a terminal can't show is a question mark
+    if sys.stderr and "--quiet" in sys.argv:
+        # Libraries write to descriptor 2 by themselves: only this program keeps where it led.
+        sys.stderr = os.fdopen(os.dup(2), "w", errors="backslashreplace")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(main())

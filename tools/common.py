@@ -20,11 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from encoder import require
-from moss_min import MossAudio, load_tokenizer, read_config
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+from moss_min import MossAudio, load_tokenizer, read_config, say
 
 
 @contextlib.contextmanager
