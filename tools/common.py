@@ -5,6 +5,7 @@ import datetime
 import filecmp
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -83,6 +84,26 @@ def move_files(part: Path, folder: Path, last: str, old: Iterable[Path] = ()) ->
     for file in old:
         file.unlink(missing_ok=True)
     os.replace(part / last, folder / last)
+
+
+def read_names(path: str | None) -> dict[str, str]:
+    """Returns the object in a file of --names; an empty one without a file."""
+    try:
+        names = json.loads(Path(path).read_bytes()) if path else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+    good = isinstance(names, dict) and all(isinstance(ours, str) for ours in names.values())
+    require(good, f'{path}: expected an object, {{"port\'s name": "our name"}}')
+    return names
+
+
+def our_name(theirs: str, names: dict[str, str]) -> str:
+    """Returns a port's name as ours, by the first entry of --names that fits; {i} is a number."""
+    for pattern, ours in names.items():
+        match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)", 1), theirs)
+        if match:
+            return ours.replace("{i}", "".join(match.groups()))
+    return theirs
 
 
 def read_json_lines(path: Path) -> list[tuple[int, Any]]:

@@ -7,7 +7,8 @@
 dump writes every stage of one greedy run. PORT holds a port's stages of the same run, all or some:
 a .safetensors, an .npz, or a folder of .npy. compare says where it first differs; diagnose repeats
 the run with known mistakes made until the port's numbers come out. Both exit with 0 if the two are
-equal, 1 if they differ, and 2, with a line on stderr, if the input can't be used.
+equal, 1 if they differ, and 2, with a line on stderr, if the input can't be used. tools/README.md
+tells when weights and ids help, which come first, and server, which comes last.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import platform
-import re
 import struct
 import sys
 import textwrap
@@ -30,7 +30,9 @@ import torch
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import say
+import prompts
+import weights
+from common import our_name, read_names, say
 from diagnose import (
     ANOTHER_SHAPE,
     TOLERANCES,
@@ -225,23 +227,9 @@ def read_reference(path: Path) -> Reference:
         raise ValueError(f"{path}: its metadata is damaged ({error!r}): dump it again") from error
 
 
-def our_name(theirs: str, names: dict[str, str]) -> str:
-    """Returns a port's name as ours, by the first entry of --names that fits; {i} is a number."""
-    for pattern, ours in names.items():
-        match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)", 1), theirs)
-        if match:
-            return ours.replace("{i}", "".join(match.groups()))
-    return theirs
-
-
 def read_port(path: Path, map_path: str | None) -> Port:
     """Returns a port's stages. map_path: the file of --names."""
-    try:
-        names = json.loads(Path(map_path).read_bytes()) if map_path else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{map_path} can't be read: {error}") from error
-    good = isinstance(names, dict) and all(isinstance(ours, str) for ours in names.values())
-    require(good, f'{map_path}: expected an object, {{"port\'s name": "our name"}}')
+    names = read_names(map_path)
     tensors = {}
     unknown = []
     for theirs, x in read_tensors(path)[0].items():
@@ -517,6 +505,24 @@ def verdict(reference: Reference, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+# Stages that are computed from no tensor of the checkpoint.
+WITHOUT_WEIGHTS = (*IDS, "waveform", "mel")
+MISREAD = """The weights look misread: most stages are off by more than their own scale.
+`parity.py weights FOLDER PORT.json` tells which tensors are not what is in the checkpoint.
+"""
+
+
+def weights_look_misread(rows: list[Row]) -> bool:
+    """Tells whether three quarters of the stages with weights are off by more than their scale.
+
+    Weights read in another type make all of them so, and from another place four fifths. Of the
+    known mistakes none comes to half of them.
+    """
+    weighted = [row for row in rows if kind(row.name) not in WITHOUT_WEIGHTS]
+    far = [row for row in weighted if row.plain.where is not None and row.plain.max_rel > 1]
+    return len(weighted) > 2 and 4 * len(far) >= 3 * len(weighted)
+
+
 def is_another_sound(row: Row) -> bool:
     """Tells whether a stage can only come from another sound than the reference's."""
     misshaped = row.decides.where is None
@@ -566,11 +572,14 @@ def compare(args: argparse.Namespace) -> int:
         if wrong:
             first = wrong[0].name
             since = wrong[0].decides.since
+    misread = weights_look_misread(both.rows)
     if args.json:
         stages = [as_json(row) for row in both.rows]
         answer = {"equal": first is None, "first": first, "since": since, "stages": stages}
-        print(json.dumps(answer))
+        print(json.dumps(answer | {"weights_look_misread": misread}))
     else:
+        if misread:
+            print(MISREAD)
         if both.rows:
             show(both)
         print(sentence)
@@ -723,6 +732,29 @@ def how_far(walked: Walk) -> str:
 # ---- command line ----
 
 
+def add_commands(commands: argparse._SubParsersAction) -> None:
+    """Adds the commands that have modules of their own."""
+    names = '{"port\'s name": "our name"}, {i} standing for a number in both'
+    command = commands.add_parser("weights", help="say whether a port has read the weights right")
+    command.set_defaults(run=weights.run)
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="checkpoint folder")
+    add("port", nargs="?", metavar="PORT.json", help="a port's sums, as --json prints them")
+    add("--names", metavar="MAP.json", help=names)
+    add("--json", action="store_true", help="print JSON alone")
+
+    command = commands.add_parser("ids", help="print a prompt's ids, without loading weights")
+    command.set_defaults(run=prompts.show_ids)
+    add = command.add_argument
+    add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
+    add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+    question = "Describe this audio."
+    add("--prompt", default=question, metavar="TEXT", help="what to ask (%(default)s)")
+    markers = {"action": "store_const", "const": False, "help": "no seconds in the prompt"}
+    add("--no-time-markers", dest="time_markers", **markers)
+    add("--json", action="store_true", help="print JSON alone")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     return end("parity.py", lambda: run_command(argv))
@@ -770,6 +802,7 @@ def run_command(argv: list[str] | None) -> int:
         add("--rtol", type=float, metavar="X", help=passes)
         add("--names", metavar="MAP.json", help=names)
         add("--json", action="store_true", help="print JSON alone")
+    add_commands(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 
