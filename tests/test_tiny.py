@@ -3,9 +3,12 @@
 import functools
 import json
 import os
+import runpy
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,8 @@ from safetensors.torch import load_file
 
 import evaluate
 import moss_min
-from conftest import GOLDEN
+import train
+from conftest import GOLDEN, HERE
 from moss_min import SAMPLE, TINY, MossAudio
 
 TRANSCRIBE = "Transcribe the audio."
@@ -87,3 +91,51 @@ def test_it_is_small_and_has_the_released_layout():
     assert {name for name in files if not name.startswith("model")} <= set(os.listdir(TINY))
     assert tiny().config.encoder.deepstack_encoder_layer_indexes
     assert tiny().config.adapter.enable_time_marker
+
+
+# ---- what lies beside it for servers ----
+
+
+def rendered(content, **options) -> str:
+    """The chat template's prompt, by the settings with which transformers renders one."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((TINY / "chat_template.jinja").read_text("utf-8"))
+    messages = [{"role": "user", "content": content}]
+    return template.render(messages=messages, add_generation_prompt=True, **options)
+
+
+@pytest.mark.parametrize("clips", [0, 1, 3])
+def test_the_chat_template_gives_the_models_own_prompt_to_the_last_line_end(clips):
+    sounds = [{"type": "audio"}] * clips
+    question = {"type": "text", "text": "When is it?\n"}
+    prompt = moss_min.CLIP * clips + ("\n" if clips else "") + "When is it?\n"
+    expected = moss_min.SYSTEM + moss_min.USER.format(prompt)
+    assert rendered([*sounds, question]) == expected
+    # A server may list the text first, or hand on the whole turn as a string.
+    assert rendered([question, *sounds]) == rendered(prompt) == expected
+
+
+def test_the_configuration_class_keeps_what_servers_look_for():
+    pytest.importorskip("transformers")
+    path = TINY / "configuration_moss_audio.py"
+    stated = json.loads((TINY / "config.json").read_text("utf-8"))
+    module, _, name = stated["auto_map"]["AutoConfig"].partition(".")
+    assert module == path.stem
+    config = runpy.run_path(str(path))[name].from_pretrained(TINY)
+    assert config.architectures == ["MossAudioModel"]
+    assert config.audio_config == stated["audio_config"]
+    assert config.get_text_config().hidden_size == stated["language_config"]["hidden_size"]
+
+
+def test_a_checkpoint_that_was_trained_from_it_can_be_served_too(tmp_path):
+    train.save_checkpoint(tiny(), tmp_path, TINY)
+    assert {"configuration_moss_audio.py", "chat_template.jinja"} <= set(os.listdir(tmp_path))
+
+
+def test_python_in_a_checkpoints_folder_is_never_run(tmp_path):
+    folder = Path(shutil.copytree(TINY, tmp_path / "tiny"))
+    for name in ("configuration_moss_audio.py", "processing_moss_audio.py"):
+        (folder / name).write_text("raise SystemExit('it was run')")
+    assert MossAudio.from_pretrained(folder, "cpu").ask(SAMPLE, TRANSCRIBE, temperature=0)
+    sources = [*HERE.parent.glob("*.py"), *(HERE.parent / "tools").glob("*.py")]
+    assert [path for path in sources if "trust_remote_code" in path.read_text("utf-8")] == []

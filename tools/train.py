@@ -212,7 +212,7 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(json.dumps(content, indent=2), part / index)
         for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".jinja") and not file.name.endswith(index):
+            if file.suffix in (".json", ".txt", ".jinja", ".py") and not file.name.endswith(index):
                 shutil.copyfile(file, part / file.name)
         # An index that stays would lead to the weights before these.
         old = [out / index, out / "model.safetensors", *out.glob("model-*-of-?????.safetensors")]
