@@ -31,6 +31,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prompts
+import server
 import weights
 from common import our_name, read_names, say
 from diagnose import (
@@ -743,16 +744,29 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     add("--names", metavar="MAP.json", help=names)
     add("--json", action="store_true", help="print JSON alone")
 
-    command = commands.add_parser("ids", help="print a prompt's ids, without loading weights")
-    command.set_defaults(run=prompts.show_ids)
-    add = command.add_argument
-    add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
-    add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
-    question = "Describe this audio."
-    add("--prompt", default=question, metavar="TEXT", help="what to ask (%(default)s)")
-    markers = {"action": "store_const", "const": False, "help": "no seconds in the prompt"}
-    add("--no-time-markers", dest="time_markers", **markers)
-    add("--json", action="store_true", help="print JSON alone")
+    for name, run, purpose in (
+        ("ids", prompts.show_ids, "print a prompt's ids, without loading weights"),
+        ("server", server.run, "say whether a server answers as the model does"),
+    ):
+        command = commands.add_parser(name, help=purpose)
+        command.set_defaults(run=run)
+        add = command.add_argument
+        if name == "server":
+            add("url", metavar="URL", help="http://localhost:8000, with or without /v1")
+        add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
+        add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+        question = "Describe this audio."
+        add("--prompt", default=question, metavar="TEXT", help="what to ask (%(default)s)")
+        if name == "ids":
+            markers = {"action": "store_const", "const": False, "help": "no seconds in the prompt"}
+            add("--no-time-markers", dest="time_markers", **markers)
+            add("--json", action="store_true", help="print JSON alone")
+        else:
+            add("--name", metavar="MODEL", help="which of the server's models (the first)")
+            add("--max-new-tokens", type=int, default=64, metavar="N", help="(%(default)s)")
+            dtypes = "what it computes in: float32 (the default), float16 or bfloat16"
+            add("--server-dtype", default="float32", metavar="T", help=dtypes)
+            add("--device", default="auto", metavar="D", help="the model's: auto, cuda, mps or cpu")
 
 
 def main(argv: list[str] | None = None) -> int:

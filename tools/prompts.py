@@ -1,4 +1,4 @@
-"""A prompt's ids in words.
+"""A prompt's ids in words, and the known ways in which a server's prompt is another.
 
     python tools/parity.py ids [AUDIO ...] --prompt TEXT --model FOLDER [--json]
 
@@ -7,17 +7,19 @@ is, the number of its clip (from 1, or null) and its text.
 """
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from adapter import AdapterConfig
-from encoder import HOP, load_audio
-from moss_min import MossAudio, load_tokenizer, read_config
+from encoder import HOP, load_audio, require
+from moss_min import CLIP, PLACEHOLDER, SYSTEM, USER, MossAudio, load_tokenizer, read_config
 
 
 def what_ids_are(ids: list[int], config: AdapterConfig) -> Iterator[tuple[str, int | None]]:
@@ -58,3 +60,95 @@ def show_ids(args: argparse.Namespace) -> int:
             said = f"audio tokens of clip {token['clip']}, up to the next line"
         print(f"{position:8}  {token['id']:6}  {said}")
     return 0
+
+
+# ---- how a server's prompt is another ----
+
+
+class Source(NamedTuple):
+    """What a prompt's ids are made of."""
+
+    text: str  # the whole prompt, with a placeholder for each clip
+    frames: list[int]  # each clip's mel frames
+    markers: bool | None = None
+
+    def ids(self, model: MossAudio) -> list[int]:
+        if self.frames:
+            return model.prompt_ids(self.text, self.frames, self.markers)
+        # Without placeholders, prompt_ids would wrap the text once more.
+        return model.tokenizer.encode(self.text, add_special_tokens=False).ids
+
+
+def chat(prompt: str, frames: list[int]) -> Source:
+    """Returns the model's own prompt of a user's text about clips."""
+    require(not PLACEHOLDER.search(prompt), "--prompt has placeholders; expected text alone")
+    clips = CLIP * len(frames) + "\n" if frames else ""
+    return Source(SYSTEM + USER.format(clips + prompt), frames)
+
+
+class Cause(NamedTuple):
+    """A known way in which a prompt is another, what to do about it, and how it is made so."""
+
+    what: str
+    advice: str
+    change: Callable[[Source], Source]
+
+
+def edit(old: str, new: str) -> Callable[[Source], Source]:
+    return lambda source: source._replace(text=source.text.replace(old, new))
+
+
+def no_clip(source: Source) -> Source:
+    text = source.text.replace(CLIP * len(source.frames) + "\n", "")
+    return Source(text, [], source.markers)
+
+
+def padded(source: Source) -> Source:
+    return source._replace(frames=[max(count, 3000) for count in source.frames])
+
+
+def cut(source: Source) -> Source:
+    return source._replace(frames=[min(count, 3000) for count in source.frames])
+
+
+TEMPLATE = "give the server the checkpoint's chat template (vLLM: --chat-template FILE)"
+JINJA = 'write that line end as {{ "\\n" }} in the chat template: jinja drops the last one'
+MARKERS = "start vLLM with --mm-processor-kwargs '{\"enable_time_marker\": true}'"
+SOUND = "let the server take all of the sound as it is"
+ANSWER = "<|im_start|>assistant\n"
+THOUGHT = "<think>\n\n</think>\n\n"
+CAUSES = [
+    Cause("the time markers are missing", MARKERS, lambda source: source._replace(markers=False)),
+    Cause("the system prompt is missing", TEMPLATE, edit(SYSTEM, "")),
+    Cause("the last line end is missing", JINJA, edit(ANSWER, ANSWER.strip())),
+    Cause(f"{ANSWER.strip()} is missing", "ask with add_generation_prompt", edit(ANSWER, "")),
+    Cause("an empty thought is appended", TEMPLATE, edit(ANSWER, ANSWER + THOUGHT)),
+    Cause("no line end follows the clips", TEMPLATE, edit(CLIP + "\n", CLIP)),
+    Cause("a line end stands between clips", TEMPLATE, edit(CLIP + "<", CLIP + "\n<")),
+    Cause("no clip is there", SOUND, no_clip),
+    Cause("the sound is padded to 30 s", SOUND, padded),
+    Cause("the sound is cut to 30 s", SOUND, cut),
+]
+
+
+def find_causes(
+    model: MossAudio, source: Source, fits: Callable[[list[int]], bool], most: int
+) -> list[tuple[Cause, ...]]:
+    """Returns the fewest causes, up to `most`, that together turn a prompt into ids that fit; all
+    such groups of them."""
+    ours = source.ids(model)
+    found = []
+    for count in range(1, most + 1):
+        for causes in itertools.combinations(CAUSES, count):
+            changed = source
+            for cause in causes:
+                changed = cause.change(changed)
+            try:
+                ids = changed.ids(model)
+            except ValueError:  # padded sound may be longer than the context
+                continue
+            if ids != ours and fits(ids):
+                found.append(causes)
+        if found:
+            break
+    return found
