@@ -23,6 +23,7 @@ import mistakes
 import moss_min
 import parity
 import train
+import upstream
 from conftest import FOLDER, HERE, JFK, golden_model
 from moss_min import TINY, MossAudio
 
@@ -178,7 +179,7 @@ def test_every_command_and_call_that_the_documents_show_is_greedy(text):
 
 # ---- the programs ----
 
-PROGRAMS = [moss_min, batch, bench, evaluate, make_tiny, mistakes, parity, train]
+PROGRAMS = [moss_min, batch, bench, evaluate, make_tiny, mistakes, parity, train, upstream]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
