@@ -26,6 +26,11 @@ MISTAKES = (
     "mel-natural-log",
     "mel-zero-padded",
     "mel-symmetric-window",
+    "mel-magnitude",
+    "mel-no-slaney-norm",
+    "mel-bfloat16-truncated",
+    "mel-floor-shared",
+    "clips-padded-alone",
     "full-clip-attention",
     "positions-not-restarted",
     "tail-not-padded",
@@ -33,11 +38,20 @@ MISTAKES = (
     "gelu-tanh-layers",
     "stem-mel-major",
     "query-scaled-before-bias",
+    "conv-padded-behind",
+    "conv-kernels-transposed",
+    "sinusoids-half-width",
+    "sinusoids-interleaved",
+    "padding-attended",
+    "no-v-bias",
+    "no-out-bias",
     "layer-norm-eps",  # 1e-6, or another as "layer-norm-eps=1e-3"
     "tap-one-layer-early",
     "taps-reversed",
     "taps-after-norm",
+    "taps-without-out-proj",
     "gate-up-swapped",
+    "clip-rows-restarted",
     "no-time-markers",
     "no-deepstack",
     "deepstack-at-layer-input",
@@ -50,6 +64,11 @@ MISTAKES = (
     "rope-interleaved",
     "rope-theta-10000",
     "rope-bfloat16-angles",
+    "qk-norms-swapped",
+    "query-heads-modulo",
+    "causal-mask-without-itself",
+    "rms-norm-eps",
+    "weights-as-float16",
 )
 HARMLESS = (
     # In float32 throughout, as C++ ports do, then rounded to bfloat16: a step off here and there.
@@ -67,12 +86,16 @@ def run(
     mistakes=(),
     dtype=torch.float32,
     time_markers=True,
+    more=(),
+    inside=(),
 ) -> dict[str, Tensor]:
-    """Returns every stage of one pass over a prompt with one clip, in order.
+    """Returns every stage of one pass over a prompt with a clip, in order.
 
     waveform: float32 [S] at 16 kHz. before, after: the ids of the text around the clip. mistakes:
     of MISTAKES and HARMLESS. dtype: of weights, arithmetic and stages, but for mel and logits.
-    Names and shapes are golden/README.md's; encoder.conv1..3 are [chunks, channels, mel, frames].
+    more: further clips, each as its waveform and the ids of the text after it. inside: the layers,
+    as "encoder.layers.0", whose inside is recorded, too. Names and shapes are golden/README.md's;
+    encoder.conv1..3 are [chunks, channels, mel, frames].
     """
     wrong = {}  # mistakes and what follows their "="
     known = MISTAKES + HARMLESS
@@ -82,10 +105,17 @@ def run(
             raise ValueError(f"unknown mistake {name!r}; expected one of {', '.join(known)}")
         wrong[name] = value
     w, config, processor = load(Path(folder), dtype)
-    stages = {"waveform.0": waveform, "mel.0": log_mel(waveform.numpy(), wrong)}
+    if "weights-as-float16" in wrong:
+        w = {name: x.to(torch.bfloat16).view(torch.float16).to(dtype) for name, x in w.items()}
+    waves = [waveform, *[wave for wave, _ in more]]
+    texts = [after, *[text for _, text in more]]
+    stages = {f"waveform.{i}": wave for i, wave in enumerate(waves)}
+    for i, mel in enumerate(log_mels([wave.numpy() for wave in waves], wrong)):
+        stages[f"mel.{i}"] = mel
     with torch.no_grad():
-        mel = stages["mel.0"].to(dtype)
-        taps = encode(w, config, mel, wrong, stages)
+        mels = [stages[f"mel.{i}"].to(dtype) for i in range(len(waves))]
+        clips = [split(config["audio_config"], mel, wrong) for mel in mels]
+        taps = encode(w, config, clips, wrong, stages)
         stages["adapter"] = project(w, "audio_adapter", stages["encoder"], wrong)
         deepstack = []
         for k, tap in enumerate(taps):
@@ -95,19 +125,31 @@ def run(
         start = processor.get("audio_start_id", 151_669)
         end = processor.get("audio_end_id", 151_670)
         markers = time_markers and "no-time-markers" not in wrong
-        sound = audio_ids(len(stages["adapter"]), audio_id, markers)
-        ids = torch.tensor([*before, start, *sound, end, *after])
+        ids = list(before)
+        order = []  # the row of each audio token
+        for chunks, text in zip(clips, texts):
+            tokens = sum(count_tokens(chunks))
+            first = 0 if "clip-rows-restarted" in wrong else len(order)
+            order += range(first, first + tokens)
+            ids += [start, *audio_ids(tokens, audio_id, markers), end, *text]
+        ids = torch.tensor(ids)
         stages["input_ids"] = ids.to(torch.int32)
         at = (ids == audio_id).nonzero()[:, 0]  # [A]
         x = w["language_model.embed_tokens.weight"][ids]
-        x[at] = stages["adapter"]
+        x[at] = stages["adapter"][order]
         stages["inputs_embeds"] = x
         if "deepstack-at-markers" in wrong:
             # Without a gap: markers get rows, and the last audio tokens none.
             at = at[0] + torch.arange(len(at))
-        laid = [torch.zeros_like(x).index_copy(0, at, rows) for rows in deepstack]  # [N, hidden]
+        laid = [
+            torch.zeros_like(x).index_copy(0, at, rows[order]) for rows in deepstack
+        ]  # [N, hidden]
         decode(w, config["language_config"], x, laid, wrong, stages)
-    return stages
+    return {
+        name: x
+        for name, x in stages.items()
+        if name.count(".") < 3 or name.rsplit(".", 1)[0] in inside
+    }
 
 
 @functools.cache
@@ -135,12 +177,14 @@ def mel_filters(wrong: dict) -> np.ndarray:
         mels = np.linspace(0, 15 + 27 * math.log(8) / math.log(6.4), 130)
         edges = np.where(mels < 15, mels * 200 / 3, 1000 * 6.4 ** ((mels - 15) / 27))
     bins = np.arange(201) * 40.0  # Hz
-    triangles = [np.interp(bins, edges[m : m + 3], [0, 1, 0]) for m in range(128)]
-    return np.array(triangles) * 2 / (edges[2:] - edges[:-2])[:, None]
+    triangles = np.array([np.interp(bins, edges[m : m + 3], [0, 1, 0]) for m in range(128)])
+    if "mel-no-slaney-norm" in wrong:
+        return triangles
+    return triangles * 2 / (edges[2:] - edges[:-2])[:, None]
 
 
-def log_mel(wave: np.ndarray, wrong: dict) -> Tensor:
-    """float32 [S] to bfloat16 [128, T], T = S // 160."""
+def log_power(wave: np.ndarray, wrong: dict) -> np.ndarray:
+    """float32 [S] to the logarithm of the mel bands' power, float32 [128, T], T = S // 160."""
     if "mel-30s" in wrong:
         wave = np.pad(wave, (0, max(0, 480_000 - len(wave))))
     real = np.float32 if "mel-single-precision" in wrong else np.float64
@@ -155,13 +199,27 @@ def log_mel(wave: np.ndarray, wrong: dict) -> Tensor:
     cosines = (samples @ np.cos(turns).astype(real)).astype(np.float32)  # [T + 1, 201]
     sines = (samples @ np.sin(turns).astype(real)).astype(np.float32)
     power = cosines.astype(real) ** 2 + sines.astype(real) ** 2
+    if "mel-magnitude" in wrong:
+        power = np.sqrt(power)
     power = np.maximum(power @ mel_filters(wrong).T.astype(real), 1e-10)  # [T + 1, 128]
     x = np.log(power) if "mel-natural-log" in wrong else np.log10(power)
     x = x.astype(np.float32).T  # [128, T + 1]
-    if "mel-last-frame-kept" not in wrong:
-        x = x[:, :-1]
-    x = torch.from_numpy((np.maximum(x, x.max() - 8) + 4) / 4)
-    return x if "mel-float32" in wrong else x.to(torch.bfloat16)
+    return x if "mel-last-frame-kept" in wrong else x[:, :-1]
+
+
+def log_mels(waves: list[np.ndarray], wrong: dict) -> list[Tensor]:
+    """float32 [S] each to bfloat16 [128, T], with a floor of each clip's own."""
+    clips = [log_power(wave, wrong) for wave in waves]
+    tops = [x.max() for x in clips]
+    if "mel-floor-shared" in wrong:
+        tops = [max(tops)] * len(tops)
+    mels = []
+    for x, top in zip(clips, tops):
+        x = torch.from_numpy((np.maximum(x, top - 8) + 4) / 4)
+        if "mel-bfloat16-truncated" in wrong:
+            x = (x.view(torch.int32) >> 16 << 16).view(torch.float32)
+        mels.append(x if "mel-float32" in wrong else x.to(torch.bfloat16))
+    return mels
 
 
 # ---- encoder ----
@@ -171,57 +229,87 @@ def linear(w: dict, name: str, x: Tensor) -> Tensor:
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, wrong: dict) -> Tensor:
     """Queries [n, H, hd], keys and values [n, G, hd], each for H / G heads, to [n, H x hd]."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    sharing = q.shape[1] // k.shape[1]
+    if "query-heads-modulo" in wrong:
+        k, v = k.repeat(1, sharing, 1), v.repeat(1, sharing, 1)
+    else:
+        k, v = k.repeat_interleave(sharing, dim=1), v.repeat_interleave(sharing, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     if causal:
-        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        first = 0 if "causal-mask-without-itself" in wrong else 1
+        later = torch.ones(scores.shape[1:], dtype=torch.bool).triu(first)
         scores = scores.masked_fill(later, -math.inf)
-    weights = scores.float().softmax(-1).to(q.dtype)
+    # Of a query that sees nothing, a mistake, nothing comes: 0, not NaN.
+    weights = scores.float().softmax(-1).nan_to_num(0).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
-def stem(w: dict, audio: dict, mel: Tensor, wrong: dict, stages: dict) -> list[int]:
-    """Log-mel [128, T] to encoder.conv1..3 and encoder.stem; returns each chunk's tokens."""
-    size = 2 * audio.get("n_window", 200)
-    if "full-clip-attention" in wrong:
-        size = mel.shape[1]
-    chunks = mel.split(size, dim=1)
-    lengths = [math.ceil(chunk.shape[1] / 8) for chunk in chunks]
+def split(audio: dict, mel: Tensor, wrong: dict) -> list[Tensor]:
+    """A clip's log-mel [128, T] to its chunks [128, t]."""
+    size = mel.shape[1] if "full-clip-attention" in wrong else 2 * audio.get("n_window", 200)
+    return list(mel.split(size, dim=1))
+
+
+def count_tokens(chunks: list[Tensor]) -> list[int]:
+    return [math.ceil(chunk.shape[1] / 8) for chunk in chunks]
+
+
+def padded(clips: list[list[Tensor]], wrong: dict) -> list[Tensor]:
+    """All clips' chunks with zeros behind, up to the longest of them all."""
+    chunks = sum(clips, [])
+    sizes = [max(chunk.shape[1] for chunk in chunks)] * len(chunks)
+    if "clips-padded-alone" in wrong:
+        sizes = [max(each.shape[1] for each in clip) for clip in clips for _ in clip]
+    if "tail-not-padded" in wrong:
+        sizes = [chunk.shape[1] for chunk in chunks]
+    return [F.pad(chunk, (0, size - chunk.shape[1])) for chunk, size in zip(chunks, sizes)]
+
+
+def stem(w: dict, audio: dict, clips: list[list[Tensor]], wrong: dict, stages: dict) -> tuple:
+    """Chunks [128, t] to encoder.conv1..3 and encoder.stem; returns what enters the layers, how
+    many rows of it are each chunk's, and how many of those are sound: all, but for a mistake."""
+    lengths = count_tokens(sum(clips, []))
     half = audio["d_model"] // 2
-    rates = torch.exp(torch.arange(half) * (-math.log(10_000) / (half - 1)))  # [width / 2]
+    steps = half if "sinusoids-half-width" in wrong else half - 1
+    rates = torch.exp(torch.arange(half) * (-math.log(10_000) / steps))  # [width / 2]
     gelu = "tanh" if "gelu-tanh-stem" in wrong else "none"
     convolved = {1: [], 2: [], 3: []}
     rows = []
-    for j, chunk in enumerate(chunks):
-        if "tail-not-padded" not in wrong:
-            # A tail beside a full chunk is as long as that, with zeros.
-            chunk = F.pad(chunk, (0, chunks[0].shape[1] - chunk.shape[1]))
+    for j, chunk in enumerate(padded(clips, wrong)):
         x = chunk[None, None]  # [1, 1, 128, t]
         for n in (1, 2, 3):
             weight = w[f"audio_encoder.conv{n}.weight"]
-            x = F.conv2d(x, weight, w[f"audio_encoder.conv{n}.bias"], stride=2, padding=1)
+            if "conv-kernels-transposed" in wrong:
+                weight = weight.transpose(2, 3)
+            edges = (0, 2, 0, 2) if "conv-padded-behind" in wrong else (1, 1, 1, 1)
+            x = F.conv2d(F.pad(x, edges), weight, w[f"audio_encoder.conv{n}.bias"], stride=2)
             x = F.gelu(x, approximate=gelu)
-            # Chunks of unequal lengths, a mistake, are recorded with zeros behind the tail.
-            longest = convolved[n][0].shape[2] if j else x.shape[3]
-            convolved[n].append(F.pad(x[0], (0, longest - x.shape[3])))
+            convolved[n].append(x[0])
         order = (2, 1, 0) if "stem-mel-major" in wrong else (2, 0, 1)
         x = x[0].permute(order).flatten(1)  # [L, channels x 16]
         first = j * lengths[0] if "positions-not-restarted" in wrong else 0
         angles = (first + torch.arange(len(x)))[:, None] * rates
         positions = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if "sinusoids-interleaved" in wrong:
+            positions = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
         x = linear(w, "audio_encoder.stem_proj", x) + positions.to(x.dtype)
-        # What is padding goes here: no real token attends to it.
-        rows.append(x[: lengths[j]])
+        rows.append(x)
     for n, parts in convolved.items():
+        # Chunks of unequal lengths, a mistake, are recorded with zeros behind.
+        longest = max(x.shape[2] for x in parts)
+        parts = [F.pad(x, (0, longest - x.shape[2])) for x in parts]
         stages[f"encoder.conv{n}"] = torch.stack(parts)
-    stages["encoder.stem"] = torch.cat(rows)
-    return lengths
+    # What is padding goes here: no real token attends to it.
+    stages["encoder.stem"] = torch.cat([x[:length] for x, length in zip(rows, lengths)])
+    if "padding-attended" in wrong:
+        return torch.cat(rows), [len(x) for x in rows], lengths
+    return stages["encoder.stem"], lengths, lengths
 
 
-def encode(w: dict, config: dict, mel: Tensor, wrong: dict, stages: dict) -> list[Tensor]:
-    """Log-mel [128, T] to the encoder's stages; returns the taps in use, each [A, output_dim]."""
+def encode(w: dict, config: dict, clips: list, wrong: dict, stages: dict) -> list[Tensor]:
+    """Clips' chunks [128, t] to the encoder's stages; returns the taps in use, [A, output_dim]."""
     audio = config["audio_config"]
     heads = audio["encoder_attention_heads"]
     width = audio["d_model"]
@@ -237,30 +325,47 @@ def encode(w: dict, config: dict, mel: Tensor, wrong: dict, stages: dict) -> lis
     def leave(x: Tensor, normalised: bool) -> Tensor:
         if normalised:
             x = norm("layer_norm", x, audio["layer_norm_eps"])
+        elif "taps-without-out-proj" in wrong:
+            return F.pad(x, (0, audio["output_dim"] - width))
         return x if audio["output_dim"] == width else linear(w, "audio_encoder.out_proj", x)
 
-    lengths = stem(w, audio, mel, wrong, stages)
-    x = stages["encoder.stem"]
-    outputs = [x]
+    for part in ("v", "out"):
+        if f"no-{part}-bias" in wrong:
+            w = {
+                name: x
+                for name, x in w.items()
+                if not ("audio_encoder" in name and name.endswith(f"{part}_proj.bias"))
+            }
+    x, lengths, real = stem(w, audio, clips, wrong, stages)
+    is_real = torch.cat([torch.arange(n) < some for n, some in zip(lengths, real)])
+    outputs = [x[is_real]]
     for i in range(audio["encoder_layers"]):
         name = f"audio_encoder.layers.{i}"
         h = norm(f"layers.{i}.self_attn_layer_norm", x)
+        inside = {"input_norm": h}
         q = linear(w, f"{name}.self_attn.q_proj", h) * scale  # [A, width]
         if "query-scaled-before-bias" in wrong:
             q = h @ w[f"{name}.self_attn.q_proj.weight"].T * scale
             q = q + w[f"{name}.self_attn.q_proj.bias"]
-        q = q.unflatten(1, (heads, -1)).split(lengths)  # of each chunk [L, H, hd]
-        k = linear(w, f"{name}.self_attn.k_proj", h).unflatten(1, (heads, -1)).split(lengths)
-        v = linear(w, f"{name}.self_attn.v_proj", h).unflatten(1, (heads, -1)).split(lengths)
-        parts = [attention(q[j], k[j], v[j], 1.0, causal=False) for j in range(len(lengths))]
-        x = x + linear(w, f"{name}.self_attn.out_proj", torch.cat(parts))
+        k = linear(w, f"{name}.self_attn.k_proj", h)
+        v = linear(w, f"{name}.self_attn.v_proj", h)
+        inside |= {"q": q / scale, "k": k, "v": v}
+        # Of each chunk [L, H, hd].
+        q, k, v = (rows.unflatten(1, (heads, -1)).split(lengths) for rows in (q, k, v))
+        parts = [attention(q[j], k[j], v[j], 1.0, False, wrong) for j in range(len(lengths))]
+        inside["attention"] = torch.cat(parts)
+        inside["attention_out"] = linear(w, f"{name}.self_attn.out_proj", inside["attention"])
+        x = x + inside["attention_out"]
         h = linear(w, f"{name}.fc1", norm(f"layers.{i}.final_layer_norm", x))
-        x = x + linear(w, f"{name}.fc2", F.gelu(h, approximate=gelu))
+        inside["mlp"] = linear(w, f"{name}.fc2", F.gelu(h, approximate=gelu))
+        x = x + inside["mlp"]
         if x.dtype == torch.float16:
             x = x.clamp(-64_504, 64_504)
-        outputs.append(x)
-        stages[f"encoder.layers.{i}"] = x
-    stages["encoder"] = leave(x, normalised=True)
+        for part, rows in inside.items():
+            stages[f"encoder.layers.{i}.{part}"] = rows[is_real]
+        outputs.append(x[is_real])
+        stages[f"encoder.layers.{i}"] = outputs[-1]
+    stages["encoder"] = leave(outputs[-1], normalised=True)
     indexes = audio["deepstack_encoder_layer_indexes"]
     indexes = indexes[: config.get("deepstack_num_inject_layers", len(indexes))]
     early = "tap-one-layer-early" in wrong
@@ -337,7 +442,7 @@ def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong
 def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages: dict) -> None:
     """Embeddings [N, hidden] and DeepStack rows [N, hidden] of the first layers to the stages."""
     head_dim = text["head_dim"]
-    eps = text["rms_norm_eps"]
+    eps = 1e-5 if "rms-norm-eps" in wrong else text["rms_norm_eps"]
     scale = head_dim**-0.5
     if "attention-scale" in wrong:
         scale = (text["hidden_size"] / text["num_attention_heads"]) ** -0.5
@@ -355,12 +460,22 @@ def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages:
         q = linear(w, f"{name}.self_attn.q_proj", h).unflatten(1, (-1, head_dim))  # [N, H, hd]
         k = linear(w, f"{name}.self_attn.k_proj", h).unflatten(1, (-1, head_dim))  # [N, G, hd]
         v = linear(w, f"{name}.self_attn.v_proj", h).unflatten(1, (-1, head_dim))
-        q = turned_head(w, f"{name}.self_attn.q_norm", q, angles, eps, wrong)
-        k = turned_head(w, f"{name}.self_attn.k_norm", k, angles, eps, wrong)
-        x = x + linear(w, f"{name}.self_attn.o_proj", attention(q, k, v, scale, causal=True))
+        norms = ["q_norm", "k_norm"]
+        if "qk-norms-swapped" in wrong:
+            norms.reverse()
+        q = turned_head(w, f"{name}.self_attn.{norms[0]}", q, angles, eps, wrong)
+        k = turned_head(w, f"{name}.self_attn.{norms[1]}", k, angles, eps, wrong)
+        inside = {"input_norm": h, "q": q.flatten(1), "k": k.flatten(1), "v": v.flatten(1)}
+        inside["attention"] = attention(q, k, v, scale, True, wrong)
+        inside["attention_out"] = linear(w, f"{name}.self_attn.o_proj", inside["attention"])
+        x = x + inside["attention_out"]
         if "deepstack-before-mlp" in wrong:
             x = x + rows
-        x = x + gated(w, f"{name}.mlp", rms_norm(w, f"{name}.post_attention_layernorm", x, eps))
+        h = rms_norm(w, f"{name}.post_attention_layernorm", x, eps)
+        inside["mlp"] = gated(w, f"{name}.mlp", h)
+        x = x + inside["mlp"]
+        for part, recorded in inside.items():
+            stages[f"decoder.layers.{i}.{part}"] = recorded
         stages[f"decoder.layers.{i}"] = x
         if not wrong.keys() & {"deepstack-at-layer-input", "deepstack-before-mlp"}:
             x = x + rows

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mistakes import MISTAKES, Mistake, made
-from stages import HIDDEN, IDS, Run, chunk_tokens, compute, is_audio, kind, table
+from stages import HIDDEN, IDS, Run, chunk_tokens, compute, is_audio, kind, layer_of, table
 
 # ---- one stage ----
 
@@ -188,7 +188,7 @@ def layouts(
             yield y, said
         elif name == "logits" and y.shape == ours[-1:].shape:
             yield y, [*said, "of the last position alone"]
-        elif kind(name) in PADDED and y.ndim == 3 and len(y) == len(tokens):
+        elif kind(layer_of(name)) in PADDED and y.ndim == 3 and len(y) == len(tokens):
             _, length, width = y.shape
             is_real = torch.arange(length) < torch.tensor(tokens)[:, None]  # [C, L]
             if max(tokens) <= length and (sum(tokens), width) == ours.shape:
@@ -230,6 +230,8 @@ def walk(
     # The stages whose value is the port's own, so that they bring in no rounding of ours.
     ports = {"input_ids"}
     ports |= {name for name in own if kind(name) == "waveform"}
+    rounding = max((wrong.rounding for wrong in made_now), default=1)
+    tolerance = Tolerance(tolerance.most * rounding, tolerance.alone * rounding, tolerance.mel)
     with made(run, made_now):
         for name, stage in table(run).items():
             changed = any(values[x] is not before.values[x] for x in stage.inputs)

@@ -5,6 +5,7 @@ It can be read as a chapter on what matters in this model. diagnose.py makes the
 of a chunk, N prompt tokens, D the width of the encoder or the decoder, hd the size of a head.
 """
 
+import functools
 import inspect
 import math
 import sys
@@ -14,43 +15,59 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qwen3
-from encoder import N_FFT, N_MELS, count_tokens, sinusoids
+from encoder import N_FFT, N_MELS, count_tokens
 from moss_min import Parser, end
-from stages import Run, convolve, encoder_output, is_audio
+from stages import (
+    Run,
+    Stage,
+    attend,
+    chunk_frames,
+    convolve,
+    encoder_output,
+    is_audio,
+    layer_of,
+    log_mel,
+    real_tokens,
+    stem_chunks,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Mistake:
-    """make changes a run; stages: those computed otherwise, {n} being the number of mergers."""
+    """make changes a run; stages: those computed otherwise, {n} being the number of mergers.
+    rounding: how much larger it makes the differences between right programs."""
 
     id: str
     sentence: str
     stages: tuple[str, ...]
     make: Callable[[Run], None]
+    rounding: float = 1
 
     def touches(self, run: Run, name: str) -> bool:
         mergers = min(len(run.model.deepstack_audio_merger_list), 9)
-        return any(fnmatchcase(name, glob.format(n=mergers)) for glob in self.stages)
+        return any(fnmatchcase(layer_of(name), glob.format(n=mergers)) for glob in self.stages)
 
 
 MISTAKES: list[Mistake] = []
 
 
-def mistake(id: str, *stages: str, **values) -> Callable:
+def mistake(id: str, *stages: str, rounding: float = 1, **values) -> Callable:
     """Enters a function into MISTAKES. Its docstring is the mistake's sentence: what a port does,
     what is right, and where that is in the code. values: arguments of the function, and of its
     docstring."""
 
     def enter(make: Callable) -> Callable:
         sentence = " ".join(inspect.getdoc(make).format(**values).split())
-        MISTAKES.append(Mistake(id, sentence, stages, partial(make, **values)))
+        MISTAKES.append(Mistake(id, sentence, stages, partial(make, **values), rounding))
         return make
 
     return enter
@@ -67,6 +84,10 @@ def made(run: Run, mistakes: Sequence[Mistake]) -> Iterator[None]:
         run.restore()
 
 
+def replace_stage(run: Run, name: str, inputs: Sequence[str], compute: Callable) -> None:
+    run.swap(run, "replaced", run.replaced | {name: Stage(tuple(inputs), compute)})
+
+
 def weight(x: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(x, requires_grad=False)
 
@@ -76,6 +97,12 @@ def weight(x: torch.Tensor) -> nn.Parameter:
 
 def swap_mel(run: Run, **parts) -> None:
     run.swap(run, "mel_parts", run.mel_parts | parts)
+
+
+def triangles(edges: np.ndarray) -> np.ndarray:
+    """Returns mel filters of height 1 between edges in Hz [130], [128, 201]."""
+    bins = np.linspace(0, 8000, N_FFT // 2 + 1)  # Hz [201]
+    return np.stack([np.interp(bins, edges[i : i + 3], [0, 1, 0]) for i in range(N_MELS)])
 
 
 @mistake("mel-30s", "mel.*")
@@ -106,10 +133,8 @@ def mel_htk(run):
     1000 Hz and logarithmic from there (encoder.py, mel_filters)."""
     mels = np.linspace(0, math.log10(1 + 8000 / 700), N_MELS + 2)
     edges = 700 * (10**mels - 1)  # Hz [130]
-    bins = np.linspace(0, 8000, N_FFT // 2 + 1)  # Hz [201]
-    triangles = [np.interp(bins, edges[i : i + 3], [0, 1, 0]) for i in range(N_MELS)]
     areas = (edges[2:] - edges[:-2]) / 2
-    swap_mel(run, filters=np.stack(triangles) / areas[:, None])
+    swap_mel(run, filters=triangles(edges) / areas[:, None])
 
 
 @mistake("mel-natural-log", "mel.*")
@@ -133,7 +158,60 @@ def mel_symmetric_window(run):
     swap_mel(run, window=np.hanning(N_FFT))
 
 
+@mistake("mel-magnitude", "mel.*")
+def mel_magnitude(run):
+    """The mel filters are applied to the spectrum's magnitude. Right: to its square, the power
+    (encoder.py, mel_spectrum)."""
+    swap_mel(run, power=1)
+
+
+@mistake("mel-no-slaney-norm", "mel.*")
+def mel_no_slaney_norm(run):
+    """The mel filters are triangles of height 1. Right: of area 1, Slaney's norm (encoder.py,
+    mel_filters)."""
+    step = math.log(6.4) / 27
+    mels = np.linspace(0, 15 + math.log(8) / step, N_MELS + 2)
+    edges = np.where(mels < 15, 200 * mels / 3, 1000 * np.exp(step * (mels - 15)))  # Hz [130]
+    swap_mel(run, filters=triangles(edges))
+
+
+@mistake("mel-bfloat16-truncated", "mel.*")
+def mel_bfloat16_truncated(run):
+    """The log-mel becomes bfloat16 by losing a float32's lower 16 bits. Right: it is rounded to the
+    nearest (encoder.py, log_mel)."""
+    swap_mel(run, truncate=True)
+
+
+@mistake("mel-floor-shared", "mel.*")
+def mel_floor_shared(run):
+    """The floor of a clip's log-mel is 8 below the maximum of all clips. Right: below its own
+    (encoder.py, mel_spectrum)."""
+    waves = [f"waveform.{i}" for i in range(run.clips)]
+    for i, wave in enumerate(waves):
+        others = [other for other in waves if other != wave]
+        replace_stage(run, f"mel.{i}", [wave, *others], partial(log_mel, **run.mel_parts))
+
+
 # ---- encoder ----
+
+
+@mistake("clips-padded-alone", "encoder.conv*")
+def clips_padded_alone(run):
+    """Each clip's chunks are padded to the longest of that clip. Right: to the longest of all
+    clips' chunks; the convolutions' biases make something of that padding which reaches a tail's
+    last tokens (encoder.py, split_chunks)."""
+    mels = [f"mel.{i}" for i in range(run.clips)]
+
+    def to_the_clips_longest(run, i, x, frames, *mels):
+        longest = []
+        for mel in mels:
+            of_clip = chunk_frames(run, mel)
+            longest += [of_clip.max()] * len(of_clip)
+        return convolve_to(run, i, x, torch.stack(longest))
+
+    for i, before in ((1, "chunks"), (2, "encoder.conv1"), (3, "encoder.conv2")):
+        inputs = [before, "frames", *mels]
+        replace_stage(run, f"encoder.conv{i}", inputs, partial(to_the_clips_longest, run, i))
 
 
 @mistake("full-clip-attention", "frames", "chunks")
@@ -152,11 +230,19 @@ def positions_not_restarted(run):
     window = run.model.audio_encoder.config.n_window
     each = count_tokens(2 * window, window)
 
-    def going_on(x):
+    def going_on(run, x):
         C, L, D = x.shape
-        return sinusoids((C - 1) * each + L, D).unfold(0, L, each).mT  # [C, L, D]
+        return run.sinusoids((C - 1) * each + L, D).unfold(0, L, each).mT  # [C, L, D]
 
     run.swap(run, "positions", going_on)
+
+
+def convolve_to(run: Run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Convolution i of chunks that end after so many frames: 0 behind their ends."""
+    x = convolve(run, i, x, frames)
+    # Zeros behind a chunk's end are what the next convolution takes to be outside.
+    beyond = torch.arange(x.shape[-1]) >= (frames[:, None] / 2**i).ceil()  # [C, t]
+    return x.masked_fill(beyond[:, None, None].to(x.device), 0)
 
 
 @mistake("tail-not-padded", "encoder.conv*")
@@ -165,13 +251,7 @@ def tail_not_padded(run):
     and the convolutions' biases make something of that padding which reaches the tail's last tokens
     (encoder.py, split_chunks)."""
 
-    def to_its_end(run, i, x, frames):
-        x = convolve(run, i, x, frames)
-        # Zeros behind a chunk's end are what the next convolution takes to be outside.
-        beyond = torch.arange(x.shape[-1]) >= (frames[:, None] / 2**i).ceil()  # [C, t]
-        return x.masked_fill(beyond[:, None, None].to(x.device), 0)
-
-    run.swap(run, "convolve", to_its_end)
+    run.swap(run, "convolve", convolve_to)
 
 
 @mistake("gelu-tanh-stem", "encoder.conv*")
@@ -197,6 +277,101 @@ def stem_mel_major(run):
     # The weight's columns, as if they were mel by channels, are put in the order of our input.
     columns = audio.stem_proj.weight.unflatten(1, (-1, audio.config.downsample_hidden_size))
     run.swap(audio.stem_proj, "weight", weight(columns.transpose(1, 2).flatten(1)))
+
+
+def convolutions(run: Run) -> list[nn.Conv2d]:
+    audio = run.model.audio_encoder
+    return [audio.conv1, audio.conv2, audio.conv3]
+
+
+@mistake("conv-padded-behind", "encoder.conv*")
+def conv_padded_behind(run):
+    """The convolutions' input is padded behind its end alone, as TensorFlow's SAME pads an even
+    length at stride 2. Right: with one 0 on either side, of bands and of frames (encoder.py,
+    AudioEncoder)."""
+
+    def padded_behind(forward, x):
+        return forward(F.pad(x, (0, 2, 0, 2)))
+
+    for conv in convolutions(run):
+        run.swap(conv, "padding", (0, 0))
+        run.swap(conv, "forward", partial(padded_behind, conv.forward))
+
+
+@mistake("conv-kernels-transposed", "encoder.conv*")
+def conv_kernels_transposed(run):
+    """The convolutions' kernels are frames by mel bands. Right: mel bands by frames (encoder.py,
+    AudioEncoder.stem)."""
+    for conv in convolutions(run):
+        run.swap(conv, "weight", weight(conv.weight.mT))
+
+
+@mistake("sinusoids-half-width", "encoder.stem")
+def sinusoids_half_width(run):
+    """The rates of the encoder's positions fall by 10,000^(1 / (D / 2)) each. Right: by
+    10,000^(1 / (D / 2 - 1)), so that the last is 1 / 10,000 (encoder.py, sinusoids)."""
+
+    def of_half_width(length, width):
+        rates = torch.exp(-math.log(10_000) / (width // 2) * torch.arange(width // 2))
+        angles = torch.arange(length)[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    run.swap(run, "sinusoids", of_half_width)
+
+
+@mistake("sinusoids-interleaved", "encoder.stem")
+def sinusoids_interleaved(run):
+    """Sines and cosines alternate in the encoder's positions. Right: sines are the first half of a
+    row, cosines the second (encoder.py, sinusoids)."""
+
+    def interleaved(table, length, width):
+        return torch.stack(table(length, width).chunk(2, dim=1), dim=2).flatten(1)
+
+    run.swap(run, "sinusoids", partial(interleaved, run.sinusoids))
+
+
+@mistake("padding-attended", "encoder.layers.*")
+def padding_attended(run):
+    """The padding behind a tail is attended to, as in a batch without a mask. Right: tokens attend
+    to the real ones of their chunk alone (encoder.py, AudioEncoder.forward)."""
+    layers = run.model.audio_encoder.layers
+
+    # The stages have no padding, so it is carried along here, layer by layer.
+    @functools.cache
+    def entering(frames, conv3, *outputs):
+        """What enters a layer, [C, L, D], of encoder.stem and the outputs of those before it."""
+        *before, last = outputs
+        x = stem_chunks(run, conv3)
+        if before:
+            x = layers[len(before) - 1](entering(frames, conv3, *before), None)
+        return x.masked_scatter(real_tokens(frames)[:, :, None].to(x.device), last)
+
+    def output(layer, frames, *inputs):
+        return layer(entering(frames, *inputs), None)[real_tokens(frames)]
+
+    def attention(layer, frames, *inputs):
+        part = layer.self_attn
+        x = layer.self_attn_layer_norm(entering(frames, *inputs))
+        x = attend(part, part.q_proj(x), part.k_proj(x), part.v_proj(x), None)
+        return x[real_tokens(frames)]
+
+    inputs = ["frames", "encoder.conv3", "encoder.stem"]
+    for i, layer in enumerate(layers):
+        name = f"encoder.layers.{i}"
+        if name in run.inside:
+            replace_stage(run, f"{name}.attention", inputs, partial(attention, layer))
+        else:
+            replace_stage(run, name, inputs, partial(output, layer))
+        inputs.append(name)
+
+
+@mistake("no-v-bias", "encoder.layers.*", proj="v_proj")
+@mistake("no-out-bias", "encoder.layers.*", proj="out_proj")
+def bias_left_out(run, proj):
+    """The bias of {proj} is left out in the encoder's attention. Right: all of its projections but
+    k_proj have one (encoder.py, EncoderAttention)."""
+    for layer in run.model.audio_encoder.layers:
+        run.swap(getattr(layer.self_attn, proj), "bias", None)
 
 
 @mistake("query-scaled-before-bias", "encoder.layers.*")
@@ -253,6 +428,18 @@ def taps_after_norm(run):
     run.swap(run, "tap", encoder_output)
 
 
+@mistake("taps-without-out-proj", "deepstack.*")
+def taps_without_out_proj(run):
+    """The taps do not pass out_proj, where there is one, and zeros fill a merger's wider input.
+    Right: they do, as the output does (encoder.py, AudioEncoder.forward)."""
+    config = run.model.audio_encoder.config
+
+    def as_it_is(run, x):
+        return F.pad(x, (0, config.output_dim - config.d_model))
+
+    run.swap(run, "tap", as_it_is)
+
+
 @mistake("gate-up-swapped", "adapter", "deepstack.*")
 def gate_up_swapped(run):
     """SiLU is on the wrong side in the adapter and the mergers: down(gate(x) silu(up(x))). Right:
@@ -268,6 +455,20 @@ def no_time_markers(run):
     """The prompt has no time markers. Right: after every 25 audio tokens come the seconds so far,
     in digits, unless processor_config.json has enable_time_marker false (adapter.py, audio_ids)."""
     run.swap(run, "time_markers", False)
+
+
+@mistake("clip-rows-restarted", "inputs_embeds", "decoder.layers.[0-{n}]")
+def clip_rows_restarted(run):
+    """Each clip's audio tokens get the encoder's rows from the first on: the second clip the rows
+    of the first. Right: the rows go on from clip to clip (encoder.py, AudioEncoder.forward)."""
+
+    def from_the_first_on(run, ids, rows):
+        clip = (ids == run.model.config.adapter.audio_start_id).cumsum(0)
+        clip = clip[is_audio(run, ids)]  # [A]
+        first = torch.searchsorted(clip, clip)  # the clip's first row
+        return rows[torch.arange(len(clip), device=clip.device) - first]
+
+    run.swap(run, "order", from_the_first_on)
 
 
 # ---- DeepStack ----
@@ -289,6 +490,7 @@ def deepstack_at_layer_input(run):
         return layer(x + rows, cache)
 
     run.swap(run, "layer", at_input)
+    run.swap(run, "rows_at", "input")
 
 
 @mistake("deepstack-before-mlp", "decoder.layers.[0-{n}]")
@@ -301,6 +503,7 @@ def deepstack_before_mlp(run):
         return x + layer.mlp(layer.post_attention_layernorm(x))
 
     run.swap(run, "layer", before_mlp)
+    run.swap(run, "rows_at", "mlp")
 
 
 @mistake("deepstack-one-layer-late", "decoder.layers.[0-{n}]")
@@ -335,6 +538,16 @@ def attentions(run: Run) -> list[nn.Module]:
     return [layer.self_attn for layer in run.model.language_model.layers]
 
 
+def swap_attention(run: Run, attend: Callable) -> None:
+    """Puts attend in the place of the decoder's scaled_dot_product_attention. It takes that first,
+    then queries [1, G, n x H / G, hd], keys and values [1, G, K, hd] and a mask [1, 1, n x H / G,
+    K], or None for a lone token."""
+    right = qwen3.F.scaled_dot_product_attention
+    functions = vars(qwen3.F) | {"scaled_dot_product_attention": partial(attend, right)}
+    # That of the encoder stays.
+    run.swap(qwen3, "F", SimpleNamespace(**functions))
+
+
 @mistake("no-qk-norm", "decoder.layers.*")
 def no_qk_norm(run):
     """The decoder's queries and keys are not normalised. Right: each head of them is, over
@@ -366,14 +579,12 @@ def attention_scale(run):
     """The decoder's scores are scaled by (hidden_size / num_attention_heads)^-0.5. Right:
     head_dim^-0.5; head_dim is a number of its own (qwen3.py, Attention)."""
     config = run.model.config.decoder
-    ratio = (config.head_dim * config.num_attention_heads / config.hidden_size) ** 0.5
+    scale = (config.hidden_size / config.num_attention_heads) ** -0.5
 
-    def scaled(norm, x):
-        return norm(x) * ratio
+    def scaled(attend, q, keys, values, attn_mask):
+        return attend(q, keys, values, attn_mask=attn_mask, scale=scale)
 
-    # Queries that are so much larger make scores that are so much larger.
-    for attention in attentions(run):
-        run.swap(attention.q_norm, "forward", partial(scaled, attention.q_norm.forward))
+    swap_attention(run, scaled)
 
 
 @mistake("rope-interleaved", "decoder.layers.*")
@@ -413,6 +624,84 @@ def rope_bfloat16_angles(run):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     run.swap(qwen3, "rope_table", rounded)
+
+
+@mistake("qk-norms-swapped", "decoder.layers.*")
+def qk_norms_swapped(run):
+    """Queries are normalised with k_norm's weights, keys with q_norm's. Right: each with their own
+    (qwen3.py, Attention)."""
+    for attention in attentions(run):
+        q_norm = attention.q_norm
+        run.swap(attention, "q_norm", attention.k_norm)
+        run.swap(attention, "k_norm", q_norm)
+
+
+@mistake("query-heads-modulo", "decoder.layers.*")
+def query_heads_modulo(run):
+    """Query head h shares key head h mod G, of G. Right: h // (H / G), neighbours one key head
+    (qwen3.py, Attention)."""
+    config = run.model.config.decoder
+    G = config.num_key_value_heads
+    sharing = config.num_attention_heads // G
+
+    def modulo(attend, q, keys, values, attn_mask):
+        x = torch.empty_like(q)
+        for r in range(sharing):
+            heads = slice(r, None, sharing)  # r of each group
+            of = (torch.arange(G) * sharing + r) % G
+            mask = attn_mask if attn_mask is None else attn_mask[:, :, heads]
+            x[:, :, heads] = attend(q[:, :, heads], keys[:, of], values[:, of], attn_mask=mask)
+        return x
+
+    swap_attention(run, modulo)
+
+
+@mistake("causal-mask-without-itself", "decoder.layers.*")
+def causal_mask_without_itself(run):
+    """A prompt's token does not attend to itself, and the first one to nothing. Right: it attends
+    to itself and to all before it (qwen3.py, KVCache.place)."""
+    config = run.model.config.decoder
+    sharing = config.num_attention_heads // config.num_key_value_heads
+
+    def without_itself(attend, q, keys, values, attn_mask):
+        if q.shape[2] == sharing * keys.shape[2]:  # a whole prompt
+            attn_mask = F.pad(attn_mask[..., 1:], (0, 1), value=-math.inf)
+        return attend(q, keys, values, attn_mask=attn_mask)
+
+    swap_attention(run, without_itself)
+
+
+@mistake("rms-norm-eps", "decoder.layers.*", "final_norm")
+def rms_norm_eps(run):
+    """The epsilon of the decoder's RMSNorms is 1e-5. Right: rms_norm_eps, 1e-6 (qwen3.py,
+    RMSNorm)."""
+    for module in run.model.language_model.modules():
+        if isinstance(module, qwen3.RMSNorm):
+            run.swap(module, "eps", 1e-5)
+
+
+WITH_WEIGHTS = ("encoder*", "adapter", "deepstack.*", "inputs_embeds", "decoder.layers.*")
+WITH_WEIGHTS += ("final_norm", "logits")
+
+
+@mistake("weights-as-float16", *WITH_WEIGHTS, rounding=10)
+def weights_as_float16(run):
+    """The weights' bfloat16 is read as float16, which has as many bits. Right: bfloat16 is the
+    upper half of a float32 (moss_min.py, map_shards)."""
+
+    def misread(module, forward, *arguments):
+        stored = dict(module.named_parameters(recurse=False))
+        for name, x in stored.items():
+            setattr(module, name, weight(x.bfloat16().view(torch.float16).to(x)))
+        result = forward(*arguments)
+        for name, x in stored.items():
+            setattr(module, name, x)
+        return result
+
+    # Module by module, when it is used: a second copy of all the weights may be too large.
+    for module in run.model.modules():
+        if list(module.parameters(recurse=False)):
+            run.swap(module, "forward", partial(misread, module, module.forward))
 
 
 HELP = """Holds the known mistakes of ports; parity.py's diagnose tries them on a port's numbers.

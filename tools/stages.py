@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import qwen3
 from adapter import splice
 from encoder import HOP, N_FFT, N_MELS, STRIDE, mel_filters, sinusoids, split_chunks
 from moss_min import MossAudio
@@ -54,13 +56,27 @@ KINDS = {  # by the stage's name without its number
     "logits": Kind("prompt tokens, vocabulary", "position", "MossAudio.lm_head in moss_min.py"),
     "generated": Kind("new tokens", "position", "generate in sample.py"),
 }
+INSIDE = ("input_norm", "q", "k", "v", "attention", "attention_out", "mlp")  # of a layer
+for part in INSIDE:
+    norm_or_mlp = part in ("input_norm", "mlp")
+    place = "EncoderLayer in encoder.py" if norm_or_mlp else "EncoderAttention in encoder.py"
+    KINDS[f"encoder.layers.{part}"] = Kind("audio tokens, encoder width", "token", place)
+    place = "DecoderLayer in qwen3.py" if norm_or_mlp else "Attention in qwen3.py"
+    axes = "heads x head size" if part in ("q", "k", "v", "attention") else "decoder width"
+    KINDS[f"decoder.layers.{part}"] = Kind(f"prompt tokens, {axes}", "position", place)
 IDS = ("input_ids", "generated")
 HIDDEN = ("frames", "chunks")  # stages that no file has: what the encoder's are computed from
 
 
 def kind(name: str) -> str:
-    """Returns a stage's name without its number: encoder.layers.3 is one of encoder.layers."""
-    return re.sub(r"\.?\d+$", "", name)
+    """Returns a stage's name without its number: encoder.layers.3 is one of encoder.layers, and
+    encoder.layers.3.q of encoder.layers.q."""
+    return re.sub(r"\.?\d+(?=\.|$)", "", name)
+
+
+def layer_of(name: str) -> str:
+    """Returns the layer that a stage is inside, or the stage itself."""
+    return re.sub(r"(layers\.\d+)\.\w+$", r"\1", name)
 
 
 # ---- the stages' functions ----
@@ -71,20 +87,21 @@ WINDOW = np.hanning(N_FFT + 1)[:-1]  # [400]
 FILTERS = mel_filters()  # [128, 201]
 
 
-def log_mel(
+def log_spectrum(
     wave: torch.Tensor,
     length: int | None = None,
     pad: str = "reflect",
     last_frame: bool = False,
     window: np.ndarray = WINDOW,
     filters: np.ndarray = FILTERS,
+    power: int = 2,
     logarithm: Callable = np.log10,
-    dtype: torch.dtype = torch.bfloat16,
-) -> torch.Tensor:
-    """Returns encoder.log_mel of float32 [samples] in float32, [128, T]; parts can be replaced.
+) -> np.ndarray:
+    """Returns the log-mel of float32 [samples] before its floor, float32 [128, T]; parts can be
+    replaced.
 
     length: samples to which the sound is cut or padded with zeros. pad: numpy's mode at the edges.
-    last_frame: keep the frame around the sound's end.
+    last_frame: keep the frame around the sound's end. power: of the magnitude.
     """
     samples = wave.numpy()
     if length is not None:
@@ -97,10 +114,28 @@ def log_mel(
     for i in range(0, len(frames), 1000):
         spectrum = np.fft.rfft(frames[i : i + 1000] * window)  # [1000, 201]
         magnitude = np.abs(spectrum.astype(np.complex64), dtype=np.float64)
-        power = filters @ (magnitude**2).T  # [128, 1000]
-        mel[:, i : i + 1000] = logarithm(np.maximum(power, 1e-10))
-    mel = (np.maximum(mel, mel.max() - 8) + 4) / 4
-    return torch.from_numpy(mel).to(dtype).float()
+        mel[:, i : i + 1000] = logarithm(np.maximum(filters @ (magnitude**power).T, 1e-10))
+    return mel
+
+
+def log_mel(
+    wave: torch.Tensor,
+    *others: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    truncate: bool = False,
+    **parts,
+) -> torch.Tensor:
+    """Returns encoder.log_mel of float32 [samples] in float32, [128, T]; parts can be replaced.
+
+    others: sounds whose maximum counts for the floor, too. dtype: to which it is rounded.
+    truncate: drop a float32's lower 16 bits instead. parts: arguments of log_spectrum.
+    """
+    mel = log_spectrum(wave, **parts)
+    top = max(x.max() for x in (mel, *[log_spectrum(other, **parts) for other in others]))
+    mel = torch.from_numpy((np.maximum(mel, top - 8) + 4) / 4)
+    if truncate:
+        mel = (mel.view(torch.int32) & -65536).view(torch.float32)
+    return mel.to(dtype).float()
 
 
 def chunk_frames(run, *mels: torch.Tensor) -> torch.Tensor:
@@ -148,30 +183,41 @@ def convolve(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor
     return in_batches(run, activated, x)
 
 
-def chunk_positions(x: torch.Tensor) -> torch.Tensor:
+def chunk_positions(run, x: torch.Tensor) -> torch.Tensor:
     """Returns what is added to the stem's [C, L, D]: the same for every chunk, [L, D]."""
-    return sinusoids(x.shape[1], x.shape[2])
+    return run.sinusoids(x.shape[1], x.shape[2])
+
+
+def stem_chunks(run, x: torch.Tensor) -> torch.Tensor:
+    """The last convolution's [C, channels, 16, L] to [C, L, D], padding included."""
+    x = x.permute(0, 3, 1, 2).flatten(2)  # [C, L, channels x 16]
+    x = in_batches(run, run.model.audio_encoder.stem_proj, x)  # [C, L, D]
+    return x + run.positions(run, x).to(x)
 
 
 def stem(run, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """The last convolution's [C, channels, 16, L] to [A, D]."""
-    x = x.permute(0, 3, 1, 2).flatten(2)  # [C, L, channels x 16]
-    x = in_batches(run, run.model.audio_encoder.stem_proj, x)  # [C, L, D]
-    return (x + run.positions(x).to(x))[real_tokens(frames)]
+    return stem_chunks(run, x)[real_tokens(frames)]
+
+
+def in_chunks(run, function: Callable, frames: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    """Applies a function of chunks [C, L, D] and of a mask for their keys to rows [A, D]."""
+    is_real = real_tokens(frames)  # [C, L]
+    # In chunks again, with zeros for padding, which the mask keeps from the rest.
+    chunks = [x.new_zeros(*is_real.shape, x.shape[1]) for x in rows]  # [C, L, D]
+    for chunk, x in zip(chunks, rows):
+        chunk[is_real] = x
+
+    def masked(is_real: torch.Tensor, *chunks: torch.Tensor) -> torch.Tensor:
+        mask = None if is_real.all() else is_real[:, None, None].to(chunks[0].device)
+        return function(*chunks, mask)
+
+    return in_batches(run, masked, is_real, *chunks)[is_real]
 
 
 def encoder_layer(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
     """[A, D] to the same."""
-    is_real = real_tokens(frames)  # [C, L]
-    # In chunks again, with zeros for padding, which the mask keeps from the rest.
-    chunks = x.new_zeros(*is_real.shape, x.shape[1])  # [C, L, D]
-    chunks[is_real] = x
-
-    def layer(x: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
-        mask = None if is_real.all() else is_real[:, None, None].to(x.device)
-        return run.model.audio_encoder.layers[i](x, mask)
-
-    return in_batches(run, layer, chunks, is_real)[is_real]
+    return in_chunks(run, run.model.audio_encoder.layers[i], frames, x)
 
 
 def encoder_output(run, x: torch.Tensor) -> torch.Tensor:
@@ -201,10 +247,50 @@ def is_audio(run, ids: torch.Tensor) -> torch.Tensor:
     return ids == run.model.config.adapter.audio_token_id
 
 
+def attend(attention: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask):
+    """The encoder's attention of q before its scaling, k and v [C, L, D], before out_proj."""
+    q = q * (q.shape[2] // attention.heads) ** -0.5
+    heads = [x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    x = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=1.0)  # [C, H, L, hd]
+    return x.transpose(1, 2).flatten(2)
+
+
+def add_inside_encoder(run, add: Callable, i: int, entering: str) -> str:
+    """Adds encoder layer i as the stages INSIDE and its output, whose name is returned."""
+    layer = run.model.audio_encoder.layers[i]
+    attention = layer.self_attn
+    name = f"encoder.layers.{i}"
+
+    def mlp(x, attended, mask):
+        x = layer.final_layer_norm(x + attended)
+        return layer.fc2(layer.activation(layer.fc1(x)))
+
+    def sums(x, attended, more, mask):
+        x = x + attended + more
+        return x.clamp(-64504, 64504) if x.dtype == torch.float16 else x
+
+    def add_part(part: str, inputs: Sequence[str], function: Callable) -> str:
+        return add(name + part, ["frames", *inputs], in_chunks, run, function)
+
+    h = add_part(".input_norm", [entering], lambda x, mask: layer.self_attn_layer_norm(x))
+    q = add_part(".q", [h], lambda h, mask: attention.q_proj(h))
+    k = add_part(".k", [h], lambda h, mask: attention.k_proj(h))
+    v = add_part(".v", [h], lambda h, mask: attention.v_proj(h))
+    heads = add_part(".attention", [q, k, v], partial(attend, attention))
+    attended = add_part(".attention_out", [heads], lambda x, mask: attention.out_proj(x))
+    more = add_part(".mlp", [entering, attended], mlp)
+    return add_part("", [entering, attended, more], sums)
+
+
+def in_order(run, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns the rows [A, D] in the order of the audio tokens that they are for: as they are."""
+    return rows
+
+
 def embed(run, ids: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
     """[N, D]. rows: the adapter's [A, D], if there is sound."""
     x = run.model.language_model.embed_tokens(ids)
-    return splice(x, rows[0], is_audio(run, ids)) if rows else x
+    return splice(x, run.order(run, ids, rows[0]), is_audio(run, ids)) if rows else x
 
 
 def layer_with_rows(layer: nn.Module, x: torch.Tensor, cache: KVCache, rows) -> torch.Tensor:
@@ -228,11 +314,66 @@ def decoder_layer(
     run, i: int, cache_for: Callable, x: torch.Tensor, ids: torch.Tensor, *deepstack: torch.Tensor
 ) -> torch.Tensor:
     """[N, D] to the same. deepstack: the rows [A, D] of the layer's merger, if it has one."""
+    layer = run.model.language_model.layers[i]
+    rows = deepstack_rows(run, x, ids, *deepstack)
+    return run.layer(layer, x[None], cache_for(len(x)), rows)[0]
+
+
+def deepstack_rows(run, x: torch.Tensor, ids: torch.Tensor, *deepstack: torch.Tensor):
+    """Returns what DeepStack adds to a prompt's [N, D], as [1, N, D]: zeros without a merger."""
     rows = torch.zeros_like(x)
     if deepstack:
-        rows = splice(rows, deepstack[0], run.places(run, ids))
+        rows = splice(rows, run.order(run, ids, deepstack[0]), run.places(run, ids))
+    return rows[None]
+
+
+def add_inside_decoder(run, add: Callable, i: int, cache_for: Callable, inputs: list[str]) -> str:
+    """Adds decoder layer i as the stages INSIDE and its output, whose name is returned. inputs:
+    what decoder_layer is computed from."""
     layer = run.model.language_model.layers[i]
-    return run.layer(layer, x[None], cache_for(len(x)), rows[None])[0]
+    attention = layer.self_attn
+    name = f"decoder.layers.{i}"
+    entering, *mergers = inputs
+
+    def rows_at(place, x, *mergers):
+        """DeepStack's rows [N, D] if they are added in that place, or else 0."""
+        return deepstack_rows(run, x, *mergers)[0] if run.rows_at == place else 0
+
+    def projected(proj, norm, h):
+        """Queries or keys of all heads, normalised and turned: [N, heads x hd]."""
+        x = proj(h)[None].unflatten(2, (-1, attention.head_dim))  # [1, N, heads, hd]
+        cache = cache_for(len(h))
+        return qwen3.apply_rope(norm(x), cache.cos, cache.sin)[0].flatten(1)
+
+    def attend(q, k, v):
+        q, k, v = (x[None].unflatten(2, (-1, attention.head_dim)) for x in (q, k, v))
+        cache = cache_for(q.shape[1])
+        keys, values = cache.write(attention.layer, k, v)  # [1, G, N, hd]
+        q = q.unflatten(2, (keys.shape[1], -1)).transpose(1, 2).flatten(2, 3)
+        # As qwen3.py finds it, where mistakes put another.
+        x = qwen3.F.scaled_dot_product_attention(q, keys, values, attn_mask=cache.mask)
+        return x.unflatten(2, (k.shape[1], -1)).transpose(1, 2)[0].flatten(1)
+
+    def middle(x, attended, *mergers):
+        return x + rows_at("input", x, *mergers) + attended + rows_at("mlp", x, *mergers)
+
+    def mlp(x, attended, *mergers):
+        return layer.mlp(layer.post_attention_layernorm(middle(x, attended, *mergers)))
+
+    def sums(x, attended, more, *mergers):
+        return middle(x, attended, *mergers) + more + rows_at("output", x, *mergers)
+
+    def input_norm(x, *mergers):
+        return layer.input_layernorm(x + rows_at("input", x, *mergers))
+
+    h = add(f"{name}.input_norm", inputs, input_norm)
+    q = add(f"{name}.q", [h], projected, attention.q_proj, attention.q_norm)
+    k = add(f"{name}.k", [h], projected, attention.k_proj, attention.k_norm)
+    v = add(f"{name}.v", [h], attention.v_proj)
+    heads = add(f"{name}.attention", [q, k, v], attend)
+    attended = add(f"{name}.attention_out", [heads], attention.o_proj)
+    more = add(f"{name}.mlp", [entering, attended, *mergers], mlp)
+    return add(name, [entering, attended, more, *mergers], sums)
 
 
 def logits(lm_head: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -252,12 +393,18 @@ class Run:
     clips: int
     mel_parts: dict[str, Any] = field(default_factory=dict)  # arguments of log_mel
     convolve: Callable = convolve
+    sinusoids: Callable = sinusoids
     positions: Callable = chunk_positions
     tap: Callable = tap
+    order: Callable = in_order
     places: Callable = is_audio  # where DeepStack's rows are added
     layer: Callable = layer_with_rows
+    rows_at: str = "output"  # the same of layers that are open: "input", "mlp" or "output"
+    inside: frozenset[str] = frozenset()  # the layers whose inside is stages, too
     # The decoder layer whose output merger k's rows are added to -> k.
     merger_of_layer: dict[int, int] = field(init=False)
+    # Stages that are computed from others, and otherwise.
+    replaced: "dict[str, Stage]" = field(default_factory=dict)
     swapped: list[tuple[Any, str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -302,10 +449,13 @@ def table(run: Run) -> dict[str, Stage]:
         inputs = [x, "input_ids"]
         if i in run.merger_of_layer:
             inputs.append(f"deepstack.{run.merger_of_layer[i]}")
-        x = add(f"decoder.layers.{i}", inputs, decoder_layer, run, i, cache_for)
+        if f"decoder.layers.{i}" in run.inside:
+            x = add_inside_decoder(run, add, i, cache_for, inputs)
+        else:
+            x = add(f"decoder.layers.{i}", inputs, decoder_layer, run, i, cache_for)
     add("final_norm", [x], decoder.norm)
     add("logits", ["final_norm"], logits, model.lm_head)
-    return stages
+    return stages | run.replaced
 
 
 def add_encoder(run: Run, add: Callable, mels: list[str]) -> None:
@@ -318,7 +468,10 @@ def add_encoder(run: Run, add: Callable, mels: list[str]) -> None:
     outputs = [add("encoder.stem", [x, "frames"], stem, run)]
     for i in range(len(audio.layers)):
         name = f"encoder.layers.{i}"
-        outputs.append(add(name, [outputs[i], "frames"], encoder_layer, run, i))
+        if name in run.inside:
+            outputs.append(add_inside_encoder(run, add, i, outputs[i]))
+        else:
+            outputs.append(add(name, [outputs[i], "frames"], encoder_layer, run, i))
     add("encoder", [outputs[-1]], encoder_output, run)
     add("adapter", ["encoder"], run.model.audio_adapter)
     for k, i in enumerate(audio.config.deepstack_encoder_layer_indexes):
