@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mistakes
@@ -492,6 +493,67 @@ def test_a_mistake_is_found_in_bfloat16(mistake):
     assert (answer["mistakes"], answer["ties"]) == ([mistake], [])
 
 
+# ---- inside a layer ----
+
+LAYERS = "encoder.0,decoder.0"
+# The first stage that differs inside the first layer of all, of mistakes that are made there.
+FIRST_INSIDE = {
+    "encoder.layers.0.input_norm": ["layer-norm-eps"],
+    "encoder.layers.0.q": ["query-scaled-before-bias"],
+    "encoder.layers.0.v": ["no-v-bias"],
+    "encoder.layers.0.attention": ["padding-attended"],
+    "encoder.layers.0.attention_out": ["no-out-bias"],
+    "encoder.layers.0.mlp": ["gelu-tanh-layers"],
+    "decoder.layers.0.input_norm": ["deepstack-at-layer-input", "rms-norm-eps"],
+    "decoder.layers.0.q": ["no-qk-norm", "qk-norm-after-rope", "qk-norms-swapped"],
+    "decoder.layers.0.attention": ["attention-scale", "query-heads-modulo"],
+    "decoder.layers.0.mlp": ["deepstack-before-mlp"],
+    "decoder.layers.0": ["no-deepstack"],
+}
+FIRST_INSIDE["decoder.layers.0.q"] += ["rope-interleaved", "rope-theta-10000"]
+FIRST_INSIDE["decoder.layers.0.attention"] += ["causal-mask-without-itself"]
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_an_open_layer_is_the_layer_to_the_bit(name):
+    case = golden_case(name)
+    of = stages_of_the_model.Run(
+        golden_model(case.checkpoint), case.text, case.time_markers, len(case.clips)
+    )
+    waves = {f"waveform.{i}": wave for i, wave in enumerate(case.clips)}
+    closed = dict(stages_of_the_model.compute(of, waves))
+    of.inside = frozenset(closed)
+    opened = dict(stages_of_the_model.compute(of, waves))
+    assert all(torch.equal(opened[stage], x) for stage, x in closed.items())
+    layers = [stage for stage in closed if ".layers." in stage]
+    assert len(opened) == len(closed) + 7 * len(layers)
+
+
+def test_a_dump_has_the_inside_of_the_layers_that_are_asked_for():
+    with safe_open(reference(inside=LAYERS), "np") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    assert shapes["encoder.layers.0.q"] == shapes["encoder.layers.0.mlp"] == [65, 48]
+    # Four query heads and two key heads of 24; the width is 64.
+    assert shapes["decoder.layers.0.q"] == shapes["decoder.layers.0.attention"] == [131, 96]
+    assert shapes["decoder.layers.0.k"] == [131, 48]
+    assert shapes["decoder.layers.0.attention_out"] == [131, 64]
+    assert not any(name.startswith("encoder.layers.1.") for name in shapes)
+    assert compared(ported(inside=LAYERS), of=reference(inside=LAYERS), model=None)["equal"]
+
+
+@pytest.mark.parametrize(
+    "mistake, stage", [(name, stage) for stage, names in FIRST_INSIDE.items() for name in names]
+)
+def test_a_mistake_is_found_inside_a_layer(mistake, stage):
+    stages = ported(mistake, inside=LAYERS)
+    assert first_wrong(stages, reference(inside=LAYERS)) == stage
+    # A reference without them is made up for by the model.
+    assert compared(stages)["first"] == stage
+    answer = diagnosed(stages)
+    assert (answer["mistakes"], answer["ties"]) == ([mistake], [])
+    assert answer["after"] < 3e-6
+
+
 @pytest.mark.parametrize("mistake", PORTS)
 def test_a_mistake_that_upstream_made_is_found(mistake):
     theirs = load_file(GOLDEN / "ports" / f"{mistake}.safetensors")
@@ -631,6 +693,7 @@ REFUSED = {
     "diagnose R P": "the following arguments are required: --model",
     "dump -o o --model CHECKPOINT --prompt Hi --dtype half": "dtype is 'half'",
     "dump -o o --model CHECKPOINT --prompt Hi --stages decoder.layer.*": "decoder.layer.* is none",
+    "dump -o o --model CHECKPOINT --prompt Hi --inside decoder.5": "decoder.5 is none; expected of",
     "dump -o o --model CHECKPOINT --prompt Hi --max-new-tokens 0": "max_new_tokens is 0",
 }
 

@@ -51,7 +51,18 @@ from diagnose import (
 from encoder import HOP, STRIDE, load_audio, require
 from mistakes import MISTAKES
 from moss_min import TINY, MossAudio, Parser, end
-from stages import HIDDEN, IDS, KINDS, Run, chunk_frames, chunk_tokens, compute, kind, table
+from stages import (
+    HIDDEN,
+    IDS,
+    KINDS,
+    Run,
+    chunk_frames,
+    chunk_tokens,
+    compute,
+    kind,
+    layer_of,
+    table,
+)
 
 # ---- dump ----
 
@@ -103,6 +114,7 @@ def dump(args: argparse.Namespace) -> int:
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype)
     prompt = model.prompt(text, waves, args.time_markers)
     run = Run(model, text, args.time_markers, len(waves))
+    run.inside = opened(run, args.inside)
     names = [name for name in table(run) if name not in HIDDEN] + ["generated"]
     kept = chosen(names, args.stages.split(",") if args.stages else ["*"])
 
@@ -142,6 +154,18 @@ def dump(args: argparse.Namespace) -> int:
     tokens = len(prompt.ids)
     print(f"{args.out}: {len(kept)} stages of a prompt of {tokens} tokens, in {args.dtype}")
     return 0
+
+
+def opened(run: Run, wanted: str | None) -> frozenset[str]:
+    """Returns the layers that --inside names, as the stages of their outputs."""
+    known = {}
+    for name in table(run):
+        if kind(name) in ("encoder.layers", "decoder.layers"):
+            known[name.replace(".layers", "")] = name
+    layers = wanted.split(",") if wanted else []
+    for layer in layers:
+        require(layer in known, f"--inside: {layer} is none; expected of {', '.join(known)}")
+    return frozenset(known[layer] for layer in layers)
 
 
 def warn_of_blind_spots(frames: list[int]) -> None:
@@ -302,6 +326,8 @@ def open_both(args: argparse.Namespace) -> Both:
         model = MossAudio.from_pretrained(args.model, args.device, metadata["dtype"])
         clips = len(metadata["sounds"])
         both.run = Run(model, metadata["prompt"], metadata["time_markers"], clips)
+        names = (*reference.tensors, *port.tensors)
+        both.run.inside = frozenset(layer_of(name) for name in names if layer_of(name) != name)
         # The stages that the file lacks are computed.
         both.begin = start(both.run, reference.tensors)
         stages = {name: x for name, x in both.begin.own.items() if name not in HIDDEN}
@@ -793,6 +819,8 @@ def run_command(argv: list[str] | None) -> int:
     add("--max-new-tokens", type=int, default=16, metavar="N", help=count)
     markers = "no seconds in the prompt"
     add("--no-time-markers", dest="time_markers", action="store_const", const=False, help=markers)
+    layers = "inside these layers, too (norm, q, k, v, attention, MLP): encoder.0,decoder.3"
+    add("--inside", metavar="LAYER,...", help=layers)
     globs = "only these, besides the sound and the prompt's ids: encoder.*,logits"
     add("--stages", metavar="GLOB,...", help=globs)
 
