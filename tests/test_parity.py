@@ -365,6 +365,9 @@ SENTENCES = {
     "375 are 30 s: the sound was padded": lambda: ported("mel-30s"),
     "The port's prompt ids are taken to be the reference's": lambda: part_of(ported(), "logits"),
     "waveform.0, mel.0, encoder.conv1 to encoder.conv3, ": lambda: part_of(ported(), "decoder"),
+    "text rows before the first audio token are right": lambda: part_of(
+        ported("tail-not-padded"), "decoder"
+    ),
     "not in the reference: mask": lambda: ported() | {"mask": torch.ones(1, 131)},
 }
 
@@ -372,6 +375,57 @@ SENTENCES = {
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_what_compare_found_is_said_in_a_sentence(sentence):
     assert sentence in said(SENTENCES[sentence]())
+
+
+@functools.cache
+def spoilt_from(name: str, row: int) -> dict:
+    """The stages of two clips, one of which is wrong from a row on."""
+    x = ported(clips=2)[name].float().clone()
+    (x.T if name.startswith("mel") else x)[row:] += 1
+    return ported(clips=2) | {name: x}
+
+
+CLIPS = {
+    "from token 52 on, in clip 1, its second chunk.": ("encoder.layers.2", 52),
+    "from token 65 on, the first token of clip 2, its first chunk.": ("adapter", 65),
+    "from chunk 2 on, clip 2, its first chunk.": ("encoder.conv3", 2),
+    "mel.1 differs from frame 7 on, of clip 2.": ("mel.1", 7),
+    "from position 106 on, an audio token of clip 2.": ("inputs_embeds", 106),
+    "from position 104 on, a clip's start of clip 2.": ("decoder.layers.1", 104),
+    "from position 130 on, text.": ("decoder.layers.1", 130),
+}
+
+
+@pytest.mark.parametrize("sentence", CLIPS)
+def test_with_several_clips_a_row_is_named_with_its_clip(sentence):
+    stages = spoilt_from(*CLIPS[sentence])
+    assert sentence in run("compare", reference(clips=2), saved(stages)).out
+
+
+@pytest.mark.parametrize("mistake", ["rope-theta-10000", "causal-mask-without-itself"])
+def test_the_encoders_side_is_not_suspected_if_text_before_the_sound_is_wrong(mistake):
+    assert "suspect" not in said(part_of(ported(mistake), "decoder"))
+
+
+def test_the_encoders_side_is_not_suspected_if_the_port_has_it():
+    assert "suspect" not in said(ported("no-deepstack"))
+    # A token's number is no position.
+    late = (torch.arange(65) >= 50)[:, None]
+    assert "suspect" not in said({"adapter": ported()["adapter"] + late})
+
+
+def test_the_last_line_has_the_two_figures_of_the_logits():
+    stages = changed("logits", lambda x: x + 0.1 * x.roll(1, 0))
+    x = stages["logits"].double()
+    exact = load_file(reference())["logits"].double()
+    nmse = float((x - exact).square().mean() / exact.square().mean())
+    cosine = min(float(a @ b / (a.norm() * b.norm())) for a, b in zip(x, exact))
+    answer = compared(stages)
+    assert answer["nmse"] == pytest.approx(nmse, rel=1e-5)
+    assert answer["worst_cosine"] == pytest.approx(cosine, abs=1e-7)
+    last = f"logits: NMSE {nmse:.1e}, the worst token's cosine {cosine:.7f}"
+    assert said(stages).splitlines()[-1] == last
+    assert "NMSE" not in said(changed("logits", lambda x: x[:, 1:]))
 
 
 def test_each_row_has_its_figures():
@@ -608,6 +662,13 @@ def test_a_known_mistake_is_found_beside_one_that_is_not_known():
     answer = diagnosed(ported("rope-theta-10000") | layer)
     assert answer["mistakes"] == ["rope-theta-10000"]
     assert answer["after"] > 0.005
+
+
+def test_a_part_is_not_said_to_be_explained_by_a_difference_that_stays():
+    layer = {"encoder.layers.3": ported()["encoder.layers.3"] * 3}
+    out = explained(ported("rope-theta-10000") | layer)
+    assert "rope-theta-10000 explains a part of it: 3 of 8 stages that differ are left." in out
+    assert "falls from" not in out
 
 
 def test_the_answer_names_the_mistake_how_well_it_explains_and_what_is_right():

@@ -486,19 +486,57 @@ def prompt_difference(both: Both) -> tuple[int, str]:
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 
+def in_a_clip(reference: Reference, token: int) -> str:
+    """Returns in words in which clip and chunk an audio token is."""
+    audio, begin, _ = reference.metadata["audio_ids"]
+    clips = []  # each one's audio tokens
+    for i in reference.tensors["input_ids"].tolist():
+        if i == begin:
+            clips.append(0)
+        elif i == audio:
+            clips[-1] += 1
+    tokens = reference.metadata["chunk_tokens"]
+    starts = np.cumsum([0, *tokens])  # of the chunks
+    chunk = int(np.searchsorted(starts, token, side="right")) - 1
+    clip = int(np.searchsorted(np.cumsum(clips), token, side="right"))
+    number = chunk - int(np.searchsorted(starts, sum(clips[:clip])))  # in the clip
+    which = f"the {ORDINALS[number]} chunk" if number < len(ORDINALS) else f"chunk {number + 1}"
+    return f"clip {clip + 1}, its {which.removeprefix('the ')}" if len(clips) > 1 else which
+
+
 def since_when(name: str, since: int, reference: Reference) -> str:
     """Returns a stage's first differing row in words."""
     unit = KINDS[kind(name)].row
-    tokens = reference.metadata["chunk_tokens"]
     said = f"from {unit} {since} on"
+    clips = len(reference.metadata["sounds"])
+    tokens = reference.metadata["chunk_tokens"]
+    firsts = np.cumsum([0, *tokens])
     if unit == "token" and len(tokens) > 1:
-        chunk = int(np.searchsorted(np.cumsum(tokens), since, side="right"))
-        which = f"the {ORDINALS[chunk]} chunk" if chunk < len(ORDINALS) else f"chunk {chunk + 1}"
-        where = "the first token of" if since == sum(tokens[:chunk]) else "in"
-        said += f", {where} {which}"
+        where = "the first token of" if since in firsts else "in"
+        said += f", {where} {in_a_clip(reference, since)}"
+    if unit == "chunk" and clips > 1:
+        said += f", {in_a_clip(reference, firsts[since])}"
+    if unit in ("sample", "frame") and clips > 1:
+        said += f", of clip {int(name.rpartition('.')[2]) + 1}"
     if unit == "position":
-        said += f", {what_ids_are(reference)[since]}"
+        what = what_ids_are(reference)[since]
+        said += f", {what}"
+        if clips > 1 and what != "text":
+            begin = reference.metadata["audio_ids"][1]
+            clip = reference.tensors["input_ids"].tolist()[: since + 1].count(begin)
+            said += f" of clip {clip}"
     return said
+
+
+def is_text_right(reference: Reference, rows: list[Row]) -> bool:
+    """Tells whether, in a port with decoder stages alone, nothing differs before the sound."""
+    ids = what_ids_are(reference)
+    first = next((row for row in rows if kind(row.name) != "waveform"), rows[0])
+    if KINDS[kind(first.name)].row != "position" or "an audio token" not in ids:
+        return False
+    since = first.decides.since
+    whole = since is not None and first.shape == first.expected
+    return whole and since >= ids.index("an audio token")
 
 
 def verdict(reference: Reference, rows: list[Row]) -> str:
@@ -523,6 +561,9 @@ def verdict(reference: Reference, rows: list[Row]) -> str:
     between = listed(names[before : names.index(row.name)])
     if between:
         lines.append(f"Or it's what comes before it, which the port's file lacks: {between}.")
+    if is_text_right(reference, rows):
+        side = "suspect the encoder's side first, from the log-mel to DeepStack's rows"
+        lines.append(f"All text rows before the first audio token are right: {side}.")
     if not row.own and any(other.plain.single_precision for other in rows):
         lines.append("It may come from mel in single precision alone: --model tells the two apart.")
     more = [other.name for other in wrong[1:]]
@@ -603,7 +644,9 @@ def compare(args: argparse.Namespace) -> int:
     if args.json:
         stages = [as_json(row) for row in both.rows]
         answer = {"equal": first is None, "first": first, "since": since, "stages": stages}
-        print(json.dumps(answer | {"weights_look_misread": misread}))
+        answer["weights_look_misread"] = misread
+        answer["nmse"], answer["worst_cosine"] = map(number, logits_figures(both))
+        print(json.dumps(answer))
     else:
         if misread:
             print(MISREAD)
@@ -612,7 +655,22 @@ def compare(args: argparse.Namespace) -> int:
         print(sentence)
         if first:
             print("`diagnose` tries which known mistake explains it.")
+        nmse, cosine = logits_figures(both)
+        if math.isfinite(nmse):
+            print(f"logits: NMSE {figure(nmse)}, the worst token's cosine {cosine:.7f}")
     return int(first is not None)
+
+
+def logits_figures(both: Both) -> tuple[float, float]:
+    """Returns the logits' NMSE, the squared difference over the squared logits, and the cosine of
+    the token where it is worst; NaN if they were not compared."""
+    row = next((row for row in both.rows if row.name == "logits"), None)
+    if row is None or row.plain.where is None:
+        return math.nan, math.nan
+    exact = both.reference.tensors["logits"]
+    x = both.port.fit("logits", exact, []).double()
+    exact = exact[-len(x) :].to(x)
+    return row.rms**2, float(torch.cosine_similarity(x, exact, dim=1).min())
 
 
 def as_json(row: Row) -> dict:
@@ -631,7 +689,8 @@ def as_json(row: Row) -> dict:
 
 def show(both: Both) -> None:
     """Prints the rows as a table, how the port's file was read, and what is not in it."""
-    form = "{:17} {:14} {:>8} {:>8} {:>8} {:>10} {:>12} {:>8}  {}"
+    width = max(17, *(len(row.name) for row in both.rows))
+    form = "{:" + str(width) + "} {:14} {:>8} {:>8} {:>8} {:>10} {:>12} {:>8}  {}"
     heads = ["stage", "shape", "max_abs", "max_rel", "rms", "cosine", "row,column", "own", ""]
     print(form.format(*heads).rstrip())
     for row in both.rows:
@@ -727,9 +786,13 @@ def report(both: Both, found: Search, groups: list[list[str]]) -> None:
     if groups:
         explain = "explains" if len(groups) == 1 else "explain"
         part = " a part of" if left else ""
-        falls = f"falls from {how_far(both.walked)} to {how_far(found.best)}"
+        before = how_far(both.walked)
+        after = how_far(found.best)
+        shown = f"the largest difference falls from {before} to {after}"
+        if before == after:
+            shown = f"{len(left)} of {len(failing(both.walked))} stages that differ are left"
         names = " and ".join(" or ".join(ids) for ids in groups)
-        print(f"{names} {explain}{part} it: the largest difference {falls}.")
+        print(f"{names} {explain}{part} it: {shown}.")
     else:
         known = {wrong.id for wrong in MISTAKES}
         print(f"None of the {len(known)} known mistakes explains it.")
