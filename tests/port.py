@@ -1,10 +1,10 @@
 """The porter: the whole model once more, log-mel to logits, in plain functions over the tensors.
 
 Written from the specification, with none of the modules, as a port to C++ would be: one clip, one
-chunk after another, no batches, no masks for padding, no cache. What ports have been seen to do
-wrong can be asked for by name, alone or together; tests/test_parity.py finds it again in the
-numbers. Shapes: T mel frames, A audio tokens, t frames and L tokens of a chunk, N prompt tokens, H
-query heads of size hd.
+chunk after another, no batches, no masks for padding, one step after another. What ports have been
+seen to do wrong can be asked for by name, alone or together; tests/test_parity.py finds it again in
+the numbers. Shapes: T mel frames, A audio tokens, t frames and L tokens of a chunk, N prompt
+tokens, K tokens in the cache, H query heads of size hd.
 """
 
 import functools
@@ -70,6 +70,15 @@ MISTAKES = (
     "rms-norm-eps",
     "weights-as-float16",
 )
+DECODING = (
+    "decode-rope-too-far",
+    "decode-position-too-far",
+    "decode-last-place-overwritten",  # RoPE right, or as far as the cache with "...=rope"
+    "decode-without-itself",
+    "decode-first-place-lost",
+)
+# Of the answer alone: what is taken from logits that are right.
+ANSWER = ("first-id-of-another-row", "stop-id-missed")
 HARMLESS = (
     # In float32 throughout, as C++ ports do, then rounded to bfloat16: a step off here and there.
     "mel-single-precision",
@@ -88,17 +97,19 @@ def run(
     time_markers=True,
     more=(),
     inside=(),
+    new_tokens=0,
 ) -> dict[str, Tensor]:
-    """Returns every stage of one pass over a prompt with a clip, in order.
+    """Returns every stage of one pass over a prompt with a clip, in order, and, with new_tokens,
+    step_logits and generated of so many greedy steps at most.
 
     waveform: float32 [S] at 16 kHz. before, after: the ids of the text around the clip. mistakes:
-    of MISTAKES and HARMLESS. dtype: of weights, arithmetic and stages, but for mel and logits.
-    more: further clips, each as its waveform and the ids of the text after it. inside: the layers,
-    as "encoder.layers.0", whose inside is recorded, too. Names and shapes are golden/README.md's;
+    of the tuples above. dtype: of weights, arithmetic and stages, but for mel and logits. more:
+    further clips, each as its waveform and the ids of the text after it. inside: the layers, as
+    "encoder.layers.0", whose inside is recorded, too. Names and shapes are golden/README.md's;
     encoder.conv1..3 are [chunks, channels, mel, frames].
     """
     wrong = {}  # mistakes and what follows their "="
-    known = MISTAKES + HARMLESS
+    known = MISTAKES + DECODING + ANSWER + HARMLESS
     for mistake in mistakes:
         name, _, value = mistake.partition("=")
         if name not in known:
@@ -144,7 +155,13 @@ def run(
         laid = [
             torch.zeros_like(x).index_copy(0, at, rows[order]) for rows in deepstack
         ]  # [N, hidden]
-        decode(w, config["language_config"], x, laid, wrong, stages)
+        cache = []
+        decode(w, config["language_config"], x, laid, wrong, stages, cache)
+        if new_tokens:
+            generation = json.loads((Path(folder) / "generation_config.json").read_text())
+            stops = generation["eos_token_id"]
+            stops = [stops] if isinstance(stops, int) else stops
+            answer(w, config["language_config"], stops, new_tokens, wrong, stages, cache)
     return {
         name: x
         for name, x in stages.items()
@@ -439,14 +456,27 @@ def turned_head(w: dict, name: str, x: Tensor, angles: Tensor, eps: float, wrong
     return rotate(rms_norm(w, name, x, eps), angles, wrong)
 
 
-def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages: dict) -> None:
-    """Embeddings [N, hidden] and DeepStack rows [N, hidden] of the first layers to the stages."""
+def decode(
+    w: dict,
+    text: dict,
+    x: Tensor,
+    deepstack: list,
+    wrong: dict,
+    stages: dict,
+    cache: list,
+    position: int = 0,
+) -> None:
+    """Embeddings [N, hidden] and DeepStack rows [N, hidden] of the first layers to the stages.
+
+    cache: keys and values [K, G, hd] of each layer; empty before the prompt, after which a call
+    takes one token. position: of the first row, in RoPE.
+    """
     head_dim = text["head_dim"]
     eps = 1e-5 if "rms-norm-eps" in wrong else text["rms_norm_eps"]
     scale = head_dim**-0.5
     if "attention-scale" in wrong:
         scale = (text["hidden_size"] / text["num_attention_heads"]) ** -0.5
-    angles = rope_angles(len(x), text, wrong)
+    angles = rope_angles(position + len(x), text, wrong)[position:]
     if "no-deepstack" in wrong:
         deepstack = []
     if "deepstack-one-layer-late" in wrong:
@@ -466,7 +496,8 @@ def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages:
         q = turned_head(w, f"{name}.self_attn.{norms[0]}", q, angles, eps, wrong)
         k = turned_head(w, f"{name}.self_attn.{norms[1]}", k, angles, eps, wrong)
         inside = {"input_norm": h, "q": q.flatten(1), "k": k.flatten(1), "v": v.flatten(1)}
-        inside["attention"] = attention(q, k, v, scale, True, wrong)
+        k, v = remember(cache, i, k, v, wrong)
+        inside["attention"] = attention(q, k, v, scale, len(x) > 1, wrong)
         inside["attention_out"] = linear(w, f"{name}.self_attn.o_proj", inside["attention"])
         x = x + inside["attention_out"]
         if "deepstack-before-mlp" in wrong:
@@ -483,3 +514,48 @@ def decode(w: dict, text: dict, x: Tensor, deepstack: list, wrong: dict, stages:
             stages[f"decoder.layers.{i}"] = x
     stages["final_norm"] = rms_norm(w, "language_model.norm", x, eps)
     stages["logits"] = linear(w, "lm_head", stages["final_norm"]).float()
+
+
+def remember(cache: list, i: int, k: Tensor, v: Tensor, wrong: dict) -> tuple[Tensor, Tensor]:
+    """Adds new keys and values to layer i's; returns those that are attended to."""
+    if i == len(cache):
+        cache.append((k, v))
+        return k, v
+    keys, values = cache[i]
+    cache[i] = torch.cat([keys, k]), torch.cat([values, v])
+    return (keys, values) if "decode-without-itself" in wrong else cache[i]
+
+
+def after_the_prompt(keys: Tensor, wrong: dict) -> Tensor:
+    """The prompt's keys, or values, [N, G, hd] as the steps find them."""
+    if "decode-first-place-lost" in wrong:
+        keys = keys[1:]
+    if "decode-last-place-overwritten" in wrong:
+        keys = keys[:-1]
+    if "decode-position-too-far" in wrong:
+        keys = torch.cat([keys, torch.zeros_like(keys[:1])])
+    return keys
+
+
+def answer(
+    w: dict, text: dict, stops: list, most: int, wrong: dict, stages: dict, cache: list
+) -> None:
+    """The prompt's logits and cache to step_logits [n, vocabulary] and generated [n], greedily."""
+    position = len(stages["logits"])
+    if "decode-rope-too-far" in wrong or "decode-position-too-far" in wrong:
+        position += 1
+    if wrong.get("decode-last-place-overwritten") == "rope":
+        position -= 1
+    for i, (keys, values) in enumerate(cache):
+        cache[i] = after_the_prompt(keys, wrong), after_the_prompt(values, wrong)
+    rows = [stages["logits"][-1]]
+    first = stages["logits"][-2] if "first-id-of-another-row" in wrong else rows[0]
+    ids = [int(first.argmax())]
+    while len(ids) < most and ("stop-id-missed" in wrong or ids[-1] not in stops):
+        x = w["language_model.embed_tokens.weight"][ids[-1:]]
+        step = {}
+        decode(w, text, x, [], wrong, step, cache, position + len(ids) - 1)
+        rows.append(step["logits"][0])
+        ids.append(int(rows[-1].argmax()))
+    stages["step_logits"] = torch.stack(rows)
+    stages["generated"] = torch.tensor(ids, dtype=torch.int32)

@@ -32,20 +32,25 @@ def around_the_clip(ids: torch.Tensor, start=306, end=307) -> tuple[list[int], l
 
 
 @functools.cache
-def ported(name: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def ported(
+    name: str, dtype: torch.dtype | None = None, new_tokens: int = 0
+) -> dict[str, torch.Tensor]:
     """A golden case's stages; of the logits, the rows that golden keeps: all or the last."""
     case = golden_case(name)
     before, after = around_the_clip(case.tensors["input_ids"])
     markers = case.time_markers is not False
     dtype = dtype or getattr(torch, case.dtype)
     folder = GOLDEN / case.checkpoint
-    stages = port.run(folder, case.clips[0], before, after, dtype=dtype, time_markers=markers)
+    options = {"dtype": dtype, "time_markers": markers, "new_tokens": new_tokens}
+    stages = port.run(folder, case.clips[0], before, after, **options)
     stages["logits"] = stages["logits"][-len(case.tensors["logits"]) :]
     return stages
 
 
 @functools.cache
-def wrong(*mistakes: str, samples=83_000, clips=1, folder="checkpoint") -> dict[str, torch.Tensor]:
+def wrong(
+    *mistakes: str, samples=83_000, clips=1, folder="checkpoint", new_tokens=0
+) -> dict[str, torch.Tensor]:
     """The stages of golden's ports, on the first samples of their sound, and maybe a second clip.
 
     83,000 are 518 frames, with a tail of 118. With a tail of 8 n frames, as the 120 of the whole
@@ -54,7 +59,8 @@ def wrong(*mistakes: str, samples=83_000, clips=1, folder="checkpoint") -> dict[
     ids = load_file(GOLDEN / "ports" / "mel-htk.safetensors")["input_ids"]
     more = [(SECOND, [])][: clips - 1]
     text = around_the_clip(ids)
-    return port.run(GOLDEN / folder, WAVEFORM[:samples], *text, mistakes, more=more)
+    sound = WAVEFORM[:samples]
+    return port.run(GOLDEN / folder, sound, *text, mistakes, more=more, new_tokens=new_tokens)
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -138,6 +144,23 @@ def test_a_mistake_changes_a_stage_none_before_it_and_the_logits(mistake):
     assert changed[:1] == (first or ["decoder.layers.0"])[:1]
     logits = stages["logits"]
     assert logits.shape != right["logits"].shape or largest_error(logits, right["logits"]) > 1e-5
+
+
+@pytest.mark.parametrize("mistake", port.DECODING)
+def test_a_mistake_of_decoding_changes_the_steps_after_the_first_row_alone(mistake):
+    right = wrong(new_tokens=8)
+    stages = wrong(mistake, new_tokens=8)
+    changed = {key for key in right if not identical(stages[key], right[key])}
+    assert changed - {"generated"} == {"step_logits"}
+    assert identical(stages["step_logits"][0], right["step_logits"][0])
+    assert largest_error(stages["step_logits"][1], right["step_logits"][1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["short", "three_chunks", "variant"])
+def test_the_porters_greedy_ids_are_upstreams(name):
+    case = golden_case(name)
+    ids = ported(name, new_tokens=case.max_new_tokens)["generated"]
+    assert identical(ids, case.tensors["generated"])
 
 
 def test_a_tail_of_8_n_frames_need_not_be_padded():

@@ -8,7 +8,7 @@ is found. Shapes: A audio tokens, N prompt tokens, D width.
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from decoding import ANSWER, judge
 from mistakes import MISTAKES, Mistake, made
 from stages import HIDDEN, IDS, Run, chunk_tokens, compute, is_audio, kind, layer_of, table
 
@@ -54,6 +55,7 @@ class Difference:
     since: int | None = None  # the first row that is off by more than what passes
     note: str = ""
     single_precision: bool = False  # a log-mel that is right but for float32's rounding
+    why: str = ""  # what is wrong with generated ids
 
 
 ANOTHER_SHAPE = Difference(False, math.inf, math.inf)
@@ -74,6 +76,8 @@ def measure(
     if name in IDS:
         same = torch.equal(x.long().flatten(), exact.long().cpu())
         return Difference(True) if same else ANOTHER_SHAPE
+    if name == "step_logits":
+        exact = exact[: len(x)]
     left_out = len(exact) - len(x)  # rows of logits that the port does not have
     x = x.float()
     exact = exact[left_out:].to(x.device).float()
@@ -99,6 +103,27 @@ def measure(
     where[0] += left_out
     since = None if ok else left_out + int(bad.int().argmax())
     return Difference(ok, largest, largest / scale, where, since, note, single)
+
+
+def measure_ids(
+    ids: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    tolerance: Tolerance,
+    stop_ids: Sequence[int],
+    most: int | None,
+    logits: torch.Tensor | None,
+) -> Difference:
+    """Judges a port's generated ids, as a stage whose rows are steps; see judge."""
+    passes = 2 * tolerance.most  # the row's largest may be too low, and the id's too high
+    found = judge(ids.flatten().tolist(), rows, passes, stop_ids, most, logits)
+    note = ""
+    if found.near_ties:
+        steps = ", ".join(map(str, found.near_ties))
+        note = f"near ties, where rounding may choose another id, at steps {steps}: no mistake"
+    right = found.since is None
+    return Difference(
+        right, found.gap, found.gap, [found.since or 0], found.since, note, why=found.why
+    )
 
 
 # ---- a port's stages ----
@@ -140,6 +165,20 @@ class Port:
                 self.notes[name] = ", ".join(said)
         return self.fitted[key]
 
+    def answer(self, run: Run, ours: torch.Tensor) -> torch.Tensor:
+        """Returns the generated ids, [n], up to the first that the model does not have, if any; or
+        ours, if the file has none."""
+        if "generated" not in self.tensors:
+            return ours
+        if "generated" not in self.held:
+            ids = self.tensors["generated"].flatten()
+            most = run.model.config.decoder.vocab_size - 1
+            known = ((ids >= 0) & (ids <= most)).tolist()
+            # The last is never embedded, so that it may stand for the unknown one.
+            count = (*known, False).index(False) + 1
+            self.held["generated"] = as_held(run, "generated", ids[:count].clamp(0, most))
+        return self.held["generated"]
+
     def value(
         self, run: Run, name: str, ours: torch.Tensor, theirs: torch.Tensor | None
     ) -> torch.Tensor:
@@ -174,7 +213,7 @@ def layouts(
     name: str, x: torch.Tensor, ours: torch.Tensor, tokens: list[int]
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
     """Yields a stage in every layout of it that has our shape, and what was done in words."""
-    if name == "logits" and x.ndim == 1:
+    if name in ("logits", "step_logits") and x.ndim == 1:
         x = x[None]
     views = [(x, [])]
     while x.ndim > ours.ndim and len(x) == 1:
@@ -186,6 +225,8 @@ def layouts(
     for y, said in views:
         if y.shape == ours.shape:
             yield y, said
+        elif name == "step_logits" and y.ndim == 2 and y.shape[1] == ours.shape[1]:
+            yield y[: len(ours)], said
         elif name == "logits" and y.shape == ours[-1:].shape:
             yield y, [*said, "of the last position alone"]
         elif kind(layer_of(name)) in PADDED and y.ndim == 3 and len(y) == len(tokens):
@@ -207,6 +248,7 @@ class Walk:
     own: dict[str, torch.Tensor]  # what the reference, with the mistakes, makes of the values
     values: dict[str, torch.Tensor]  # what it goes on from: the port's stages, or own
     errors: dict[str, Difference]  # the port's stages against own
+    stale: bool = False  # whether step_logits is still another walk's
 
 
 def start(run: Run, tensors: dict[str, torch.Tensor]) -> Walk:
@@ -228,18 +270,33 @@ def walk(
     values = dict(before.values)
     errors = dict(before.errors)
     # The stages whose value is the port's own, so that they bring in no rounding of ours.
-    ports = {"input_ids"}
+    ports = {"input_ids", "generated"}
     ports |= {name for name in own if kind(name) == "waveform"}
     rounding = max((wrong.rounding for wrong in made_now), default=1)
     tolerance = Tolerance(tolerance.most * rounding, tolerance.alone * rounding, tolerance.mel)
+    stale = False
     with made(run, made_now):
         for name, stage in table(run).items():
             changed = any(values[x] is not before.values[x] for x in stage.inputs)
+            if name == "step_logits":
+                stale = leaves_steps(mistakes, errors)
+                if stale:
+                    break
+                changed = changed or before.stale
             if changed or any(wrong.touches(run, name) for wrong in mistakes):
                 x = stage.compute(*[values[x] for x in stage.inputs])
                 if not torch.equal(x, own[name]):
                     own[name] = x
             values[name] = own[name]
+            if name == "generated":
+                # It is judged below, by the logits along it.
+                values[name] = port.answer(run, own[name])
+                continue
+            if name == "step_logits" and "generated" in port.tensors:
+                error = measure_answer(run, port, own, tolerance)
+                if is_new(error, errors.get("generated")):
+                    return None
+                errors["generated"] = error
             alone = ports.issuperset(stage.inputs)
             if name in HIDDEN and alone:
                 ports.add(name)
@@ -255,10 +312,34 @@ def walk(
             error = ANOTHER_SHAPE
             if theirs is not None:
                 error = measure(name, theirs, own[name], tolerance, alone)
-            if name in errors and errors[name].ok and not error.ok:
+            if is_new(error, errors.get(name)):
                 return None
             errors[name] = error
-    return Walk(made_now, own, values, errors)
+    return Walk(made_now, own, values, errors, stale)
+
+
+def is_new(error: Difference, before: Difference | None) -> bool:
+    """Tells whether a stage fails that was right before."""
+    return before is not None and before.ok and not error.ok
+
+
+def leaves_steps(mistakes: Sequence[Mistake], errors: dict[str, Difference]) -> bool:
+    """Tells whether step_logits is left as it was: mistakes of the prompt do nothing for steps that
+    are right, and as long as the prompt is wrong, its steps would not show what else is."""
+    if all(wrong.stages == ("step_logits",) for wrong in mistakes):
+        return False
+    wrong = {name for name, error in errors.items() if not error.ok}
+    return not wrong.issubset(ANSWER) or wrong.isdisjoint(ANSWER)
+
+
+def measure_answer(
+    run: Run, port: Port, own: dict[str, torch.Tensor], tolerance: Tolerance
+) -> Difference:
+    """Judges the port's generated ids by the logits that a run has along them."""
+    logits = port.fit("logits", own["logits"], []) if "logits" in port.tensors else None
+    ids = port.tensors["generated"]
+    ending = (run.model.config.stop_ids, run.max_new_tokens)
+    return measure_ids(ids, own["step_logits"], tolerance, *ending, logits)
 
 
 def failing(walked: Walk) -> set[str]:
@@ -292,6 +373,9 @@ class Search:
             nearest = self.nearest()
             if self.distance(nearest) >= self.distance(self.best):
                 break
+            # A few ids alone would soon fit some mistakes together, or one in part.
+            if failing(self.best) == failing(nearest) == {"generated"}:
+                break
             self.best = nearest
         for wrong in self.best.mistakes:
             fewer = self.without(wrong)
@@ -323,6 +407,8 @@ class Search:
                 walked.values[x] is walked.own[x] for x in from_reached
             ):
                 reached.add(name)
+        if "step_logits" in reached:
+            reached.add("generated")
         return not reached.isdisjoint(failing(walked))
 
     def distance(self, walked: Walk) -> float:

@@ -53,6 +53,9 @@ class Mistake:
     rounding: float = 1
 
     def touches(self, run: Run, name: str) -> bool:
+        if name == "step_logits":
+            # Steps go through the decoder's layers, and attend to what the prompt left there.
+            return any(glob.startswith(("step_logits", "decoder.layers")) for glob in self.stages)
         mergers = min(len(run.model.deepstack_audio_merger_list), 9)
         return any(fnmatchcase(layer_of(name), glob.format(n=mergers)) for glob in self.stages)
 
@@ -562,16 +565,16 @@ def qk_norm_after_rope(run):
     """q_norm and k_norm come after RoPE, so that their weights fall on turned pairs. Right: before
     it (qwen3.py, Attention)."""
     turn = qwen3.apply_rope
-    config = run.model.config.decoder
+    waiting = []  # a norm until its heads are turned
 
-    def turn_and_normalise(norm, x):  # [1, n, heads, hd], the whole prompt
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        return norm(turn(x, *qwen3.rope_table(positions, config, x.dtype)))
+    def wait(norm, x):
+        waiting.append(norm)
+        return x
 
     for attention in attentions(run):
         for norm in (attention.q_norm, attention.k_norm):
-            run.swap(norm, "forward", partial(turn_and_normalise, norm.forward))
-    run.swap(qwen3, "apply_rope", lambda x, cos, sin: x)
+            run.swap(norm, "forward", partial(wait, norm.forward))
+    run.swap(qwen3, "apply_rope", lambda x, cos, sin: waiting.pop()(turn(x, cos, sin)))
 
 
 @mistake("attention-scale", "decoder.layers.*")
@@ -702,6 +705,50 @@ def weights_as_float16(run):
     for module in run.model.modules():
         if list(module.parameters(recurse=False)):
             run.swap(module, "forward", partial(misread, module, module.forward))
+
+
+# ---- decoding ----
+
+
+def swap_stepping(run: Run, **values) -> None:
+    run.swap(run, "stepping", replace(run.stepping, **values))
+
+
+@mistake("decode-rope-too-far", "step_logits")
+def decode_rope_too_far(run):
+    """After a prompt of N tokens, RoPE goes on with position N + 1. Right: the first new token has
+    position N, since positions are counted from 0 (moss_min.py, Step)."""
+    swap_stepping(run, position=1)
+
+
+@mistake("decode-position-too-far", "step_logits")
+def decode_position_too_far(run):
+    """After a prompt of N tokens, RoPE and the cache go on with position N + 1, and the place that
+    is skipped, with zeros in it, is attended to. Right: position and place N (moss_min.py,
+    Step)."""
+    swap_stepping(run, position=1, place=1)
+
+
+@mistake("decode-last-place-overwritten", "step_logits", position=0, and_rope="")
+@mistake("decode-last-place-overwritten", "step_logits", position=-1, and_rope=" RoPE does, too.")
+def decode_last_place_overwritten(run, position, and_rope):
+    """After a prompt of N tokens, the cache goes on with place N - 1, over the prompt's last
+    token.{and_rope} Right: place and position N (qwen3.py, KVCache)."""
+    swap_stepping(run, place=-1, position=position)
+
+
+@mistake("decode-without-itself", "step_logits")
+def decode_without_itself(run):
+    """A new token attends to those before it alone: its keys and values are stored too late, or
+    counted too late. Right: to itself, too (qwen3.py, KVCache)."""
+    swap_stepping(run, sees_itself=False)
+
+
+@mistake("decode-first-place-lost", "step_logits")
+def decode_first_place_lost(run):
+    """New tokens do not attend to the prompt's first token. Right: to all places of the cache, from
+    0 on (qwen3.py, KVCache)."""
+    swap_stepping(run, first=1)
 
 
 HELP = """Holds the known mistakes of ports; parity.py's diagnose tries them on a port's numbers.

@@ -34,6 +34,7 @@ import prompts
 import server
 import weights
 from common import our_name, read_names, say
+from decoding import ANSWER, common_count, greedy
 from diagnose import (
     ANOTHER_SHAPE,
     TOLERANCES,
@@ -45,12 +46,14 @@ from diagnose import (
     failing,
     largest,
     measure,
+    measure_ids,
     start,
     walk,
 )
 from encoder import HOP, STRIDE, load_audio, require
 from mistakes import MISTAKES
 from moss_min import TINY, MossAudio, Parser, end
+from sample import Sampling
 from stages import (
     HIDDEN,
     IDS,
@@ -67,7 +70,8 @@ from stages import (
 # ---- dump ----
 
 FORMAT = "moss-min parity"
-VERSION = "1"
+VERSION = "2"
+READ = ("1", "2")  # 1 has no step_logits and does not say when an answer ends
 PLAIN = ("format", "version", "prompt", "dtype", "config")  # the metadata that is not JSON
 LISTS = ("sounds", "chunk_tokens", "audio_ids")
 
@@ -115,21 +119,25 @@ def dump(args: argparse.Namespace) -> int:
     prompt = model.prompt(text, waves, args.time_markers)
     run = Run(model, text, args.time_markers, len(waves))
     run.inside = opened(run, args.inside)
-    names = [name for name in table(run) if name not in HIDDEN] + ["generated"]
+    names = [name for name in table(run) if name not in HIDDEN] + [*ANSWER]
     kept = chosen(names, args.stages.split(",") if args.stages else ["*"])
+    sampling = Sampling(args.max_new_tokens)
+    if set(kept) & set(ANSWER):
+        sampling = model.fit(prompt, sampling)
 
     def stages() -> Iterator[tuple[str, torch.Tensor]]:
         given = {f"waveform.{i}": wave for i, wave in enumerate(waves)}
-        left = set(kept) - {"generated"}
+        left = set(kept) - set(ANSWER)
         for name, x in compute(run, given):
             if name in left:
                 yield name, x
                 left.remove(name)
             if not left:
                 break
-        if "generated" in kept:
-            ids = model.generate(prompt, args.max_new_tokens, temperature=0)
-            yield "generated", torch.tensor(list(ids))
+        if set(kept) & set(ANSWER):
+            ids, rows = greedy(model, prompt, sampling.max_new_tokens)
+            answer = {"step_logits": rows, "generated": ids}
+            yield from [(name, answer[name]) for name in ANSWER if name in kept]
 
     config = model.config.adapter
     versions = {"torch": torch.__version__, "numpy": np.__version__}
@@ -144,6 +152,8 @@ def dump(args: argparse.Namespace) -> int:
         "chunk_tokens": chunk_tokens(chunk_frames(run, *prompt.mels)).tolist(),
         "audio_ids": [config.audio_token_id, config.audio_start_id, config.audio_end_id],
         "injected": len(run.merger_of_layer),
+        "stop_ids": model.config.stop_ids,
+        "max_new_tokens": sampling.max_new_tokens,
         "versions": {"python": platform.python_version(), **versions},
         "axes": {name: KINDS[kind(name)].axes for name in kept},
     }
@@ -235,8 +245,8 @@ def read_reference(path: Path) -> Reference:
     known = metadata.get("format") == FORMAT
     require(known, f"{path} is not what `parity.py dump` writes; {expected}")
     version = metadata.get("version")
-    message = f"{path} is of version {version}; expected {VERSION}: dump it again"
-    require(version == VERSION, message)
+    message = f"{path} is of version {version}; expected {' or '.join(READ)}: dump it again"
+    require(version in READ, message)
     try:
         for key in metadata:
             if key not in PLAIN:
@@ -328,11 +338,26 @@ def open_both(args: argparse.Namespace) -> Both:
         both.run = Run(model, metadata["prompt"], metadata["time_markers"], clips)
         names = (*reference.tensors, *port.tensors)
         both.run.inside = frozenset(layer_of(name) for name in names if layer_of(name) != name)
+        both.run.steps = any(name in port.tensors for name in ANSWER)
+        both.run.max_new_tokens = metadata.get("max_new_tokens")
+        if both.run.steps and "generated" not in reference.tensors:
+            reference.tensors["generated"] = own_answer(both.run, reference)
         # The stages that the file lacks are computed.
         both.begin = start(both.run, reference.tensors)
         stages = {name: x for name, x in both.begin.own.items() if name not in HIDDEN}
-        both.reference = Reference(stages | reference.tensors, metadata)
+        tensors = stages | reference.tensors
+        if "generated" in tensors:
+            tensors["generated"] = tensors.pop("generated")  # to the end
+        both.reference = Reference(tensors, metadata)
     return both
+
+
+def own_answer(run: Run, reference: Reference) -> torch.Tensor:
+    """Returns the model's greedy ids, [n]."""
+    waves = [x for name, x in reference.tensors.items() if kind(name) == "waveform"]
+    prompt = run.model.prompt(run.text, waves, run.time_markers)
+    ids, _ = greedy(run.model, prompt, run.max_new_tokens or 16)
+    return ids
 
 
 def what_passes(reference: Reference, port: Port, args: argparse.Namespace) -> Tolerance:
@@ -360,18 +385,69 @@ def rows_of(both: Both, walked: Walk | None) -> list[Row]:
     """Returns the stages that are in both files, in order."""
     rows = []
     for name, ours in both.reference.tensors.items():
-        if name not in both.port.tensors or name in IDS:
+        if name not in both.port.tensors or name == "input_ids":
             continue
         shapes = [*both.port.tensors[name].shape], [*ours.shape]
         own = walked.errors[name] if walked else None
+        if name == "generated":
+            plain = own or judge_without_a_model(both)
+            rows.append(Row(name, *shapes, plain, math.nan, math.nan, own))
+            continue
+        if name == "step_logits":
+            ours = ours[: shared_steps(both)]
         x = both.port.fit(name, ours, both.reference.metadata["chunk_tokens"])
         if x is None:
             rows.append(Row(name, *shapes, ANOTHER_SHAPE, math.inf, math.nan, own))
         else:
             plain = measure(name, x, ours, both.tolerance)
+            if name == "step_logits":
+                ours = ours[: len(x)]
+                plain = replace(plain, note=left_out(both, walked, *x.shape))
             rms, cosine = likeness(x, ours[-len(x) :])
             rows.append(Row(name, *shapes, plain, rms, cosine, own))
     return rows
+
+
+def shared_steps(both: Both) -> int | None:
+    """Returns how many steps port and reference have made after the same ids; None: all."""
+    ours = both.reference.tensors.get("generated")
+    theirs = both.port.tensors.get("generated")
+    if ours is None or theirs is None:
+        return None
+    return 1 + common_count(ours.tolist(), theirs.flatten().tolist())
+
+
+def left_out(both: Both, walked: Walk | None, steps: int, width: int) -> str:
+    """Returns in words which of the port's step_logits [n, V] are not compared, if any."""
+    if walked:
+        steps = len(walked.own["step_logits"])
+    if both.port.tensors["step_logits"].numel() <= steps * width:
+        return ""
+    goes_on = "the port's file has no ids for them" if walked else "--model goes on"
+    return f"steps from {steps} on are not compared ({goes_on})"
+
+
+def judge_without_a_model(both: Both) -> Difference:
+    """Judges the port's ids by its own logits and, where the ids before are the same, by the
+    reference's."""
+    ours = both.reference.tensors
+    widths = {x.shape[-1] for name, x in ours.items() if name in ("logits", "step_logits")}
+    own = {}  # logits, [rows, V]
+    for name in ("logits", "step_logits"):
+        x = both.port.tensors.get(name)
+        if x is not None and (not widths or x.shape[-1] in widths):
+            own[name] = x.reshape(-1, x.shape[-1])
+    rows = list(own.get("step_logits", own.get("logits", [])[-1:]))
+    if "step_logits" in ours:
+        rows += ours["step_logits"][len(rows) : shared_steps(both)]
+    ids = both.port.tensors["generated"]
+    metadata = both.reference.metadata
+    ending = (metadata.get("stop_ids", ()), metadata.get("max_new_tokens"))
+    found = measure_ids(ids, rows, both.tolerance, *ending, own.get("logits"))
+    if len(rows) < ids.numel():
+        unjudged = f"ids from step {len(rows)} on are not judged (--model judges them)"
+        return replace(found, note="; ".join(filter(None, [found.note, unjudged])))
+    return found
 
 
 def likeness(x: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
@@ -552,10 +628,12 @@ def verdict(reference: Reference, rows: list[Row]) -> str:
         said = f"{row.name} has another shape, {row.shape}, expected {row.expected} ({of.axes})"
         thirty_seconds = {375, 3000} & (set(row.shape) - set(row.expected))
         lines = [said + ("; 375 tokens, of 3000 frames, are 30 s." if thirty_seconds else ".")]
+    elif row.name == "generated":
+        lines = [f"generated is wrong at step {row.decides.since}: {row.decides.why}."]
     else:
         lines = [f"{row.name} differs {since_when(row.name, row.decides.since, reference)}."]
     lines.append(f"It is computed by {of.place}.")
-    names = [name for name in reference.tensors if name not in IDS]
+    names = [name for name in reference.tensors if name != "input_ids"]
     i = rows.index(row)
     before = names.index(rows[i - 1].name) + 1 if i else 0
     between = listed(names[before : names.index(row.name)])
@@ -697,6 +775,8 @@ def show(both: Both) -> None:
         plain = row.plain
         if plain.where is None:
             numbers = ["expected", "x".join(map(str, row.expected)), "", "", ""]
+        elif row.name == "generated":
+            numbers = ["", figure(plain.max_rel), "", "", ""]
         else:
             numbers = [figure(plain.max_abs), figure(plain.max_rel), figure(row.rms)]
             numbers += [f"{row.cosine:.7f}", ",".join(map(str, plain.where))]
@@ -715,8 +795,8 @@ def show(both: Both) -> None:
     if "generated" in reference and "generated" in port:
         ours = reference["generated"].tolist()
         theirs = port["generated"].flatten().tolist()
-        same = len(os.path.commonprefix([ours, theirs]))
-        print(f"generated: of {len(ours)} ids the first {same} are the same. This decides nothing.")
+        same = common_count(ours, theirs)
+        print(f"generated: of {len(ours)} ids the first {same} are the same.")
     if "input_ids" not in port:
         print("The port's prompt ids are taken to be the reference's.")
     lacking = listed(name for name in reference if name not in port)
@@ -805,7 +885,7 @@ def report(both: Both, found: Search, groups: list[list[str]]) -> None:
             said = f"{wrong.id}: {wrong.sentence}"
             print(textwrap.fill(said, 110, initial_indent="  ", subsequent_indent="    "))
     if left:
-        first = next(name for name in stages if name in left)
+        first = next(name for name in both.reference.tensors if name in left)
         lacking = listed(x for x in stages[first].inputs if x in missing)
         if lacking:
             print(f"To come nearer, let the port write what {first} is computed from: {lacking}.")
@@ -816,7 +896,10 @@ def report(both: Both, found: Search, groups: list[list[str]]) -> None:
 def how_far(walked: Walk) -> str:
     if math.isfinite(largest(walked)):
         return figure(largest(walked))
-    return "another prompt" if "input_ids" in failing(walked) else "another shape"
+    wrong = failing(walked)
+    if wrong == {"generated"}:
+        return "another end"
+    return "another prompt" if "input_ids" in wrong else "another shape"
 
 
 # ---- command line ----

@@ -3,11 +3,12 @@
 parity.py writes a run's stages and compares a port's with them; mistakes.py puts wrong parts into a
 run. The stages are the model's numbers to the last bit (tests/test_parity.py). Shapes: T mel
 frames, A audio tokens (12.5 a second), C chunks, t frames and L tokens of a chunk, N prompt tokens,
-D the width of the encoder or the decoder.
+n new tokens, K cache places, D the width of the encoder or the decoder, V vocabulary.
 """
 
 import dataclasses
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -40,6 +41,7 @@ class Kind(NamedTuple):
 STEM = "AudioEncoder.stem in encoder.py"
 TAP = "the taps in AudioEncoder.forward in encoder.py, GatedMLP in adapter.py"
 DECODER_LAYER = "DecoderLayer and Qwen3.forward in qwen3.py"
+STEP = "MossAudio.step and Step in moss_min.py, KVCache in qwen3.py"
 KINDS = {  # by the stage's name without its number
     "waveform": Kind("samples", "sample", "load_audio in encoder.py"),
     "mel": Kind("mel bands, frames", "frame", "log_mel in encoder.py"),
@@ -54,7 +56,8 @@ KINDS = {  # by the stage's name without its number
     "decoder.layers": Kind("prompt tokens, decoder width", "position", DECODER_LAYER),
     "final_norm": Kind("prompt tokens, decoder width", "position", "Qwen3.norm in qwen3.py"),
     "logits": Kind("prompt tokens, vocabulary", "position", "MossAudio.lm_head in moss_min.py"),
-    "generated": Kind("new tokens", "position", "generate in sample.py"),
+    "step_logits": Kind("new tokens, vocabulary", "step", STEP),
+    "generated": Kind("new tokens", "step", "choose and generate in sample.py"),
 }
 INSIDE = ("input_norm", "q", "k", "v", "attention", "attention_out", "mlp")  # of a layer
 for part in INSIDE:
@@ -380,6 +383,59 @@ def logits(lm_head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return lm_head(x).float()
 
 
+# ---- decoding ----
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """Where a step puts its token and what the token attends to. These values are right."""
+
+    place: int = 0  # how many places in the cache too far
+    position: int = 0  # how many positions in RoPE too far
+    sees_itself: bool = True
+    first: int = 0  # the first place that it attends to
+
+
+def step_logits(
+    run, generated: torch.Tensor, logits: torch.Tensor, ids: torch.Tensor, *inputs: torch.Tensor
+) -> torch.Tensor:
+    """Returns the logits [n, V] from which each of the generated ids [n] was taken: the last of the
+    prompt's ids' [N] logits, and then one row for each step.
+
+    inputs: what enters each decoder layer, [N, D], and after these each merger's rows [A, D]. The
+    prompt's keys and values are made of what enters the layers. All ids are known, so that the
+    steps go through the decoder together, as the tokens of one call.
+    """
+    decoder = run.model.language_model
+    N = len(ids)
+    first = N + run.stepping.place
+    count = len(generated) - 1  # the last id is never an input
+    if count == 0:
+        return logits[-1:].float()
+    cache = KVCache(run.model.config.decoder, 1, first + count, run.model.lm_head.weight)
+    steps = torch.arange(count, device=ids.device)
+    cache.place(torch.arange(N, device=ids.device)[None], N)
+    deepstack = inputs[len(decoder.layers) :]
+    for i, layer in enumerate(decoder.layers):
+        mergers = [deepstack[run.merger_of_layer[i]]] if i in run.merger_of_layer else []
+        run.layer(layer, inputs[i][None], cache, deepstack_rows(run, inputs[i], ids, *mergers))
+
+    # The cosines and sines of the steps' positions, and then the places and their mask.
+    cache.place((N + run.stepping.position + steps)[None], first + count)
+    cache.positions = (first + steps)[None]
+    places = torch.arange(first + count, device=ids.device)
+    latest = first + steps if run.stepping.sees_itself else first + steps - 1
+    visible = (places <= latest[:, None]) & (places >= run.stepping.first)  # [n - 1, K]
+    sharing = cache.config.num_attention_heads // cache.config.num_key_value_heads
+    mask = cache.keys[0].new_zeros(visible.shape).masked_fill(~visible, -math.inf)
+    cache.mask = mask.repeat_interleave(sharing, dim=0)[None, None]
+    x = decoder.embed_tokens(generated[:-1])[None]  # [1, n - 1, D]
+    for layer in decoder.layers:
+        x = run.layer(layer, x, cache, torch.zeros_like(x))
+    rows = run.model.lm_head(decoder.norm(x))[0]
+    return torch.cat([logits[-1:].float(), rows.float()])
+
+
 # ---- a run ----
 
 
@@ -401,6 +457,9 @@ class Run:
     layer: Callable = layer_with_rows
     rows_at: str = "output"  # the same of layers that are open: "input", "mlp" or "output"
     inside: frozenset[str] = frozenset()  # the layers whose inside is stages, too
+    stepping: Stepping = Stepping()
+    steps: bool = False  # whether the table has the steps after the prompt
+    max_new_tokens: int | None = None  # None: not known
     # The decoder layer whose output merger k's rows are added to -> k.
     merger_of_layer: dict[int, int] = field(init=False)
     # Stages that are computed from others, and otherwise.
@@ -444,8 +503,10 @@ def table(run: Run) -> dict[str, Stage]:
         add_encoder(run, add, mels)
     add("input_ids", mels, prompt_ids, run)
     x = add("inputs_embeds", ["input_ids", "adapter"] if mels else ["input_ids"], embed, run)
+    entering = []
     cache_for = functools.cache(partial(prompt_cache, run))
     for i in range(len(decoder.layers)):
+        entering.append(x)
         inputs = [x, "input_ids"]
         if i in run.merger_of_layer:
             inputs.append(f"deepstack.{run.merger_of_layer[i]}")
@@ -455,6 +516,11 @@ def table(run: Run) -> dict[str, Stage]:
             x = add(f"decoder.layers.{i}", inputs, decoder_layer, run, i, cache_for)
     add("final_norm", [x], decoder.norm)
     add("logits", ["final_norm"], logits, model.lm_head)
+    if run.steps:
+        stages["generated"] = Stage((), None)  # always given
+        rows = [name for name in stages if kind(name) == "deepstack"]
+        inputs = ["generated", "logits", "input_ids", *entering, *rows]
+        add("step_logits", inputs, step_logits, run)
     return stages | run.replaced
 
 
