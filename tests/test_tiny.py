@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 import evaluate
 import moss_min
+import stages
 import train
 from conftest import GOLDEN, HERE
-from moss_min import SAMPLE, TINY, MossAudio
+from moss_min import SAMPLE, TINY, MossAudio, load_audio
 
 TRANSCRIBE = "Transcribe the audio."
 WITH_TIMES = "Transcribe the audio with timestamps."
@@ -26,20 +27,23 @@ DESCRIBE = "Describe this audio."
 
 
 class Shipped(NamedTuple):
-    sound: Path
+    sounds: list[Path]
     prompt: str
-    answer: str
+    truth: str
     ids: list[int]
+    answer: str
 
 
 def read_shipped(line: str) -> Shipped:
     data = json.loads(line)
-    audio, prompt, answer = [message["content"] for message in data["conversation"]]
-    return Shipped(TINY / audio, prompt, answer, data["ids"])
+    *audio, prompt, truth = [message["content"] for message in data["conversation"]]
+    return Shipped([TINY / one for one in audio], prompt, truth, data["ids"], data["model_answer"])
 
 
-SHIPPED = [read_shipped(line) for line in (TINY / "sounds.jsonl").read_text("utf-8").splitlines()]
-NAMES = [f"{shipped.sound.stem}: {shipped.prompt}" for shipped in SHIPPED]
+LINES = (TINY / "sounds.jsonl").read_text("utf-8").splitlines()
+SHIPPED = [read_shipped(line) for line in LINES]
+NAMES = [f"{'+'.join(path.stem for path in one.sounds)}: {one.prompt}" for one in SHIPPED]
+TWO_CLIPS = [one for one in SHIPPED if len(one.sounds) == 2]
 
 
 @functools.cache
@@ -49,17 +53,38 @@ def tiny() -> MossAudio:
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=NAMES)
 def test_a_shipped_sound_gives_the_ids_that_ship_with_it(shipped):
-    prompt = tiny().prompt(shipped.prompt, shipped.sound)
+    prompt = tiny().prompt(shipped.prompt, shipped.sounds)
     assert list(tiny().generate(prompt, temperature=0)) == shipped.ids
+    assert tiny().tokenizer.decode(shipped.ids) == shipped.answer
     whole = prompt._replace(ids=torch.cat([prompt.ids, torch.tensor(shipped.ids[:-1])]))
     first, second = tiny()(whole)[len(prompt.ids) - 1 :].topk(2).values.T
     # There is no near tie, so the rounding of another machine decides nothing.
     assert (first - second).min() > 1e-3
 
 
+@pytest.mark.parametrize("position, place", [(1, 0), (1, 1), (-1, -1), (0, -1)])
+def test_a_position_off_by_one_after_the_prompt_changes_the_ids_of_two_clips(position, place):
+    changed = []
+    for shipped in TWO_CLIPS:
+        run = stages.Run(tiny(), shipped.prompt, None, 2, steps=True)
+        run.stepping = stages.Stepping(place, position)
+        given = {f"waveform.{i}": load_audio(path) for i, path in enumerate(shipped.sounds)}
+        ids = torch.tensor(shipped.ids)
+        rows = dict(stages.compute(run, given | {"generated": ids}))["step_logits"]
+        changed.append(not torch.equal(rows.argmax(-1), ids))
+    assert any(changed)
+    # The overwritten place alone is seen in one of them, the others in two at least.
+    assert position == 0 or sum(changed) > 1
+
+
 @pytest.mark.slow
-def test_what_it_says_of_the_shipped_sounds_is_right(capsys):
-    assert evaluate.main(["--data", str(TINY / "sounds.jsonl"), "--device", "cpu", "--json"]) == 0
+def test_what_it_says_of_the_shipped_sounds_is_right(capsys, tmp_path):
+    for path in TINY.glob("*.wav"):
+        shutil.copy(path, tmp_path)
+    lines = [line for line, one in zip(LINES, SHIPPED) if one not in TWO_CLIPS]
+    (tmp_path / "sounds.jsonl").write_text("\n".join(lines), "utf-8")
+    data = str(tmp_path / "sounds.jsonl")
+    assert evaluate.main(["--data", data, "--device", "cpu", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["prompts"]
     for prompt in (TRANSCRIBE, WITH_TIMES, DESCRIBE):
         assert scores[prompt]["n"] >= 4 and scores[prompt]["wer"] == 0
@@ -77,8 +102,8 @@ def test_without_audio_prompt_and_options_a_shipped_sound_is_described(capsys):
     assert moss_min.main([]) == 0
     out, err = capsys.readouterr()
     assert str(SAMPLE) in err.splitlines()[0]
-    (answer,) = [one.answer for one in SHIPPED if (one.sound, one.prompt) == (SAMPLE, DESCRIBE)]
-    assert out == answer + "\n"
+    (shipped,) = [one for one in SHIPPED if (one.sounds, one.prompt) == ([SAMPLE], DESCRIBE)]
+    assert out == shipped.truth + "\n"
 
 
 def test_it_is_small_and_has_the_released_layout():
