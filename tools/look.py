@@ -37,6 +37,8 @@ TEMPLATE = Path(__file__).with_name("look.html")
 ASK = "Transcribe the audio with timestamps."
 FRAMES = SAMPLE_RATE // HOP  # mel frames a second
 TEXT, MARKER, SOUND, ANSWER = range(4)  # what attention goes to
+# From paper to ink, in equal steps of lightness.
+COLOURS = "#fbfaf6 #f5d3a6 #f5a46c #eb714b #d14159 #a02377 #631c7d #2d1961 #0b122a".split()
 
 # These bound a page's size. What goes beyond is left out or averaged, and the page says so.
 MOST_TOKENS = 400  # of the answer
@@ -82,15 +84,6 @@ def weights(attention: Attention, x: Tensor, cache: KVCache, rows: Tensor) -> Te
     return scores.float().masked_fill(later, -torch.inf).softmax(-1)
 
 
-def kinds_of(ids: Tensor, config) -> Tensor:
-    """Returns TEXT, MARKER or SOUND for each of a prompt's ids, int64 [N]."""
-    starts = ids == config.audio_start_id
-    kinds = (starts.long() - (ids == config.audio_end_id).long()).cumsum(0)  # 1 inside of a clip
-    kinds[starts] = TEXT
-    kinds[ids == config.audio_token_id] = SOUND
-    return kinds
-
-
 def rounded(values: Tensor) -> list[float]:
     return [round(value, 5) for value in values.tolist()]
 
@@ -115,6 +108,7 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
     pass goes over the prompt and it, in which hooks on the model's own modules take notes."""
     layers = model.language_model.layers
     mergers = model.deepstack_audio_merger_list
+    config = model.config.adapter
     N = len(prompt.ids)
     norms = defaultdict(list)  # of a merger's rows; of what has left a layer, at audio tokens
     states = defaultdict(list)  # what has left a layer, [r, D] of each slice
@@ -147,7 +141,9 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
         with_heads = whole and size * N * model.config.decoder.num_attention_heads <= HEADS_BYTES
         pool = math.ceil(N / min(MOST_COLUMNS, LAYERS_BYTES // size))
         ids = torch.cat([prompt.ids, torch.tensor(answer[:-1], dtype=torch.int64)])
-        kinds = kinds_of(ids, model.config.adapter)
+        starts = ids == config.audio_start_id
+        kinds = starts.cumsum(0) - (ids == config.audio_end_id).cumsum(0) - starts.long()
+        kinds[ids == config.audio_token_id] = SOUND  # what else is inside of a clip is a marker
         kinds[N:] = ANSWER
         for layer in layers:
             hooks.append(layer.register_forward_hook(see_layer))
@@ -164,6 +160,7 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
         tokens.append(choice(said.cpu(), token))
     return {
         "ids": prompt.ids.tolist(),
+        "kinds": kinds[:N].tolist(),
         "tokens": tokens,
         "pool": pool,
         # The square root in 8 bits keeps small weights apart.
@@ -181,14 +178,8 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
 
 def pieces_of(tokenizer, ids: list[int]) -> list[str]:
     """Returns what each id adds to the text; a character of several ids comes with its last."""
-    pieces = []
-    waiting = []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        pieces.append("" if text.endswith("\ufffd") else text)
-        waiting = waiting if text.endswith("\ufffd") else []
-    return pieces
+    texts = [tokenizer.decode(ids[:i]).rstrip("\ufffd") for i in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in zip(texts, texts[1:])]
 
 
 def words_of(pieces: list[str], clips: list[dict]) -> list[dict]:
@@ -251,32 +242,28 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
     loud = F.max_pool1d(wave.abs()[None], math.ceil(len(wave) / 3000), ceil_mode=True)[0]
+    adapter = model.config.adapter
     count = len(reference)
-    cut = (
-        len(answer) > count
-        if answer
-        else reference[-1:] not in [[i] for i in model.config.stop_ids]
-    )
+    ended = reference[-1] in model.config.stop_ids if answer is None else count == len(answer)
     notes = {
         "Attention is stored in 8 bits; where an idea is left out, heads are averaged.": True,
         "They are averaged in the whole run, too.": runs["whole"]["shape"][2] == 1,
         f"Attention goes to {runs['whole']['pool']} tokens together.": runs["whole"]["pool"] > 1,
         f"A column of the log-mel is the mean of {pool} frames.": pool > 1,
         "The player has the first two minutes.": len(wave) > MOST_SAMPLES,
-        f"Of the answer only {count} tokens are shown.": cut,
+        f"Of the answer only {count} tokens are shown.": not ended,
         "The whole run's answer was given; the others are greedy.": answer is not None,
     }
     return {
         "prompt": text,
         "clips": laid,
-        "clip_names": [*names, *[f"clip {i + 1}" for i in range(len(names), len(laid))]],
+        "clip_names": list(names) or [f"clip {i + 1}" for i in range(len(laid))],
         "names": {token: name_of(model.tokenizer, token) for token in used},
-        "audio_ids": [
-            getattr(model.config.adapter, f"audio_{x}_id") for x in ("start", "token", "end")
-        ],
+        "audio_ids": [adapter.audio_start_id, adapter.audio_token_id, adapter.audio_end_id],
         "layers": model.config.decoder.num_hidden_layers,
         "heads": model.config.decoder.num_attention_heads,
         "taps": model.config.encoder.deepstack_encoder_layer_indexes,
+        "colours": COLOURS,
         "runs": runs,
         "loud": (loud / loud.max().clamp(min=1e-9) * 255).to(torch.uint8),
         "mel": F.avg_pool1d(mel, pool, ceil_mode=True).to(torch.bfloat16),
@@ -311,9 +298,55 @@ def page(
 def picture(data: dict, path: str) -> None:
     """Draws the sound, the log-mel, the prompt and the answer's attention into a PNG file."""
     try:
-        from matplotlib import pyplot
+        from matplotlib import colors, pyplot
     except ImportError:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+    colours = colors.LinearSegmentedColormap.from_list("look", COLOURS)
+    run = data["runs"]["whole"]
+    clips = data["clips"]
+    wave = data["wave"] / data["wave"].abs().max().clamp(min=1e-9)
+    edges = [frame / FRAMES for clip in clips for frame in clip["tokens"]]
+    edges.append(clips[-1]["end"] / FRAMES)
+    figure, (sound, mel, prompt, answer) = pyplot.subplots(
+        4, sharex=True, figsize=(11, 7), height_ratios=(3, 4, 1, 6), layout="constrained"
+    )
+    sound.plot(torch.arange(len(wave)) / SAMPLE_RATE, wave, "0.4", lw=0.4)
+    for i, word in enumerate(run["words"]):
+        start, stop = [frame / FRAMES for frame in word["times"]]
+        sound.axvspan(start, stop, color="tab:orange", alpha=0.2 + 0.15 * (i % 2), lw=0)
+        sound.text(start, 1.2 + 0.5 * (i % 3), word["text"])
+    sound.set(
+        ylim=(-1.1, 2.8),
+        yticks=[],
+        ylabel="sound",
+        title=f"{', '.join(data['clip_names'])}: {data['prompt']}",
+    )
+    extent = (0, clips[-1]["padded"] / FRAMES, 0, 128)
+    mel.imshow(data["mel"].float(), colours, aspect="auto", origin="lower", extent=extent)
+    for clip in clips:
+        padding = clip["end"] / FRAMES, clip["padded"] / FRAMES
+        mel.axvspan(*padding, facecolor="w", edgecolor="0.7", hatch="//", lw=0)
+    mel.set(ylabel="log-mel", yticks=[])
+    columns = []  # of the audio tokens
+    markers = defaultdict(str)
+    for position, (token, kind) in enumerate(zip(run["ids"], run["kinds"])):
+        if kind == SOUND:
+            columns.append(position // run["pool"])
+        elif kind == MARKER:
+            markers[edges[len(columns)]] += data["names"][token]
+    prompt.vlines(edges, 0, 1, "0.6", lw=0.6)
+    for second, digits in markers.items():
+        box = {"boxstyle": "round", "facecolor": "teal", "edgecolor": "none"}
+        prompt.text(second, 0.5, digits, color="w", ha="center", va="center", bbox=box)
+    prompt.set(ylim=(0, 1), yticks=[], ylabel="prompt")
+    weights = (run["attention"].float() / 255).square().mean((1, 2))[:, columns]  # [n, A]
+    drawn = answer.pcolormesh(edges, range(len(weights) + 1), weights, cmap=colours)
+    answer.set_yticks([word["tokens"][0] + 0.5 for word in run["words"]])
+    answer.set_yticklabels([word["text"] for word in run["words"]])
+    answer.set(ylim=(len(weights), 0), ylabel="answer, token by token", xlabel="seconds")
+    figure.colorbar(drawn, ax=answer, label="attention", pad=0.01)
+    figure.align_ylabels()
+    figure.savefig(path, dpi=90, format="png")
 
 
 def run(argv: list[str] | None) -> None:
@@ -327,13 +360,10 @@ def run(argv: list[str] | None) -> None:
     add("--source", metavar="URL", help="where the page's links to the code lead")
     add_model_options(parser)
     args = parser.parse_args(argv)
-    is_address = args.source is None or args.source.startswith(("https://", "http://"))
+    is_address = (args.source or "https://").startswith(("https://", "http://"))
     require(is_address, f"--source is {args.source!r:.60}; expected an address, https://...")
     if args.out is None and args.png is None:
         args.out = "look.html"
-    for path in (args.out, args.png):
-        good = path is None or Path(path).parent.is_dir()
-        require(good, f"{path}: no such folder; expected one to write to")
     waves = [load_audio(name) for name in args.audio]
     names = [Path(name).name for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, say)
