@@ -51,8 +51,7 @@ LAYERS_BYTES = 6_000_000  # attention of all layers
 
 def layout(frames: list[int], n_window: int) -> list[dict]:
     """Lays clips of so many mel frames on the page's time axis, one after another. Returns for each
-    its start and end, the end of its padding, its chunks' and its audio tokens' starts, all in
-    frames, which are 10 ms."""
+    its start and end, the end of its padding, and where its chunks and audio tokens start."""
     size = 2 * n_window  # of a chunk
     clips = []
     start = 0
@@ -60,9 +59,8 @@ def layout(frames: list[int], n_window: int) -> list[dict]:
         stop = start + length
         chunks = list(range(start, stop, size))
         padded = chunks[-1] + min(size, max(frames))  # as split_chunks does
-        tokens = []
-        for chunk in chunks:
-            tokens += range(chunk, min(chunk + size, stop), STRIDE)
+        parts = [range(chunk, min(chunk + size, stop), STRIDE) for chunk in chunks]
+        tokens = [first for part in parts for first in part]
         clip = {"start": start, "end": stop, "padded": padded, "chunks": chunks, "tokens": tokens}
         clips.append(clip)
         start = padded
@@ -84,21 +82,9 @@ def weights(attention: Attention, x: Tensor, cache: KVCache, rows: Tensor) -> Te
     return scores.float().masked_fill(later, -torch.inf).softmax(-1)
 
 
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
-
-
-def choice(said: Tensor, token: int) -> dict:
-    """Returns what the page says of a token's choice. said: the probabilities that each layer's
-    output gives when it goes through the final norm and lm_head, [L, V]."""
-    rivals = said[-1].topk(10)
-    best = said.max(-1)
-    return {
-        "id": token,
-        "rivals": list(zip(rivals.indices.tolist(), rounded(rivals.values))),
-        # Of each layer: its likeliest token, that one's probability, and the chosen token's.
-        "layers": list(zip(best.indices.tolist(), rounded(best.values), rounded(said[:, token]))),
-    }
+def pairs(best) -> list[tuple[int, float]]:
+    """Returns ids and probabilities of what topk or max has found."""
+    return [(i, round(p, 5)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
 
 
 @torch.no_grad()
@@ -156,8 +142,11 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
     attention = attention.permute(2, 0, 1, 3)[: len(answer)]  # [n, L, H or 1, C + 4]
     tokens = []
     for token, state in zip(answer, torch.stack([torch.cat(states[x]) for x in layers], 1)):
+        # What each layer would have said: its output through the final norm and lm_head.
         said = model.lm_head(model.language_model.norm(state)).float().softmax(-1)  # [L, V]
-        tokens.append(choice(said.cpu(), token))
+        tokens.append(
+            {"id": token, "rivals": pairs(said[-1].topk(10)), "layers": pairs(said.max(-1))}
+        )
     return {
         "ids": prompt.ids.tolist(),
         "kinds": kinds[:N].tolist(),
@@ -167,8 +156,7 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
         "attention": (attention.sqrt() * 255).round().to(torch.uint8),
         "shape": list(attention.shape),
         "added": [
-            rounded(torch.cat(norms[merger]) / torch.cat(norms[layer]))
-            for merger, layer in zip(mergers, layers)
+            (torch.cat(norms[a]) / torch.cat(norms[b])).tolist() for a, b in zip(mergers, layers)
         ],
     }
 
@@ -202,8 +190,11 @@ def words_of(pieces: list[str], clips: list[dict]) -> list[dict]:
 def name_of(tokenizer, token: int) -> str:
     """Returns an id's text, or its name if it is a special token or a part of a character."""
     text = tokenizer.decode([token])
-    whole = text != "" and "\ufffd" not in text
-    return text if whole else tokenizer.id_to_token(token) or f"id {token}"
+    return (
+        f"part {token}"
+        if "\ufffd" in text
+        else text or tokenizer.id_to_token(token) or f"id {token}"
+    )
 
 
 # ---- the page and the picture ----
@@ -229,9 +220,8 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
         ids = [token["id"] for token in run["tokens"]]
         run["pieces"] = pieces_of(model.tokenizer, ids)
         run["words"] = words_of(run["pieces"], laid)
-        steps = difflib.SequenceMatcher(None, reference, ids, False).get_opcodes()
-        new = [range(start, stop) for kind, _, _, start, stop in steps if kind != "equal"]
-        run["changed"] = [i for part in new for i in part]
+        blocks = difflib.SequenceMatcher(None, reference, ids, False).get_matching_blocks()
+        run["same"] = [i for block in blocks for i in range(block.b, block.b + block.size)]
         used.update(ids, run["ids"])
         for token in run["tokens"]:
             used.update(x[0] for x in token["rivals"] + token["layers"])
@@ -239,14 +229,15 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     mels = [F.pad(mel, (0, n - mel.shape[1])) for mel, n in zip(prompt.mels, lengths)]
     mel = torch.cat(mels, 1).float()
     pool = math.ceil(mel.shape[1] / MOST_FRAMES)
+    mel = F.avg_pool1d(mel, pool, ceil_mode=True)
+    mel = (mel - mel.min()) / (mel.max() - mel.min()).clamp(min=1e-9)
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
     loud = F.max_pool1d(wave.abs()[None], math.ceil(len(wave) / 3000), ceil_mode=True)[0]
-    adapter = model.config.adapter
     count = len(reference)
     ended = reference[-1] in model.config.stop_ids if answer is None else count == len(answer)
     notes = {
-        "Attention is stored in 8 bits; where an idea is left out, heads are averaged.": True,
+        "All values are stored in 8 bits. Where an idea is left out, heads are averaged.": True,
         "They are averaged in the whole run, too.": runs["whole"]["shape"][2] == 1,
         f"Attention goes to {runs['whole']['pool']} tokens together.": runs["whole"]["pool"] > 1,
         f"A column of the log-mel is the mean of {pool} frames.": pool > 1,
@@ -259,14 +250,13 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
         "clips": laid,
         "clip_names": list(names) or [f"clip {i + 1}" for i in range(len(laid))],
         "names": {token: name_of(model.tokenizer, token) for token in used},
-        "audio_ids": [adapter.audio_start_id, adapter.audio_token_id, adapter.audio_end_id],
         "layers": model.config.decoder.num_hidden_layers,
         "heads": model.config.decoder.num_attention_heads,
         "taps": model.config.encoder.deepstack_encoder_layer_indexes,
         "colours": COLOURS,
         "runs": runs,
         "loud": (loud / loud.max().clamp(min=1e-9) * 255).to(torch.uint8),
-        "mel": F.avg_pool1d(mel, pool, ceil_mode=True).to(torch.bfloat16),
+        "mel": (255 * mel).round().to(torch.uint8),
         "wave": wave,
         "notes": [sentence for sentence, holds in notes.items() if holds],
     }
@@ -274,8 +264,6 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
 
 def packed(tensor: Tensor) -> str:
     """Returns a tensor's bytes, compressed and in base64."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.int16)  # numpy lacks it
     return base64.b64encode(zlib.compress(tensor.numpy().tobytes(), 9)).decode()
 
 
@@ -303,30 +291,21 @@ def picture(data: dict, path: str) -> None:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
     colours = colors.LinearSegmentedColormap.from_list("look", COLOURS)
     run = data["runs"]["whole"]
-    clips = data["clips"]
-    wave = data["wave"] / data["wave"].abs().max().clamp(min=1e-9)
-    edges = [frame / FRAMES for clip in clips for frame in clip["tokens"]]
-    edges.append(clips[-1]["end"] / FRAMES)
+    edges = [frame / FRAMES for clip in data["clips"] for frame in clip["tokens"]]
+    edges.append(data["clips"][-1]["end"] / FRAMES)
     figure, (sound, mel, prompt, answer) = pyplot.subplots(
         4, sharex=True, figsize=(11, 7), height_ratios=(3, 4, 1, 6), layout="constrained"
     )
+    wave = data["wave"] / data["wave"].abs().max().clamp(min=1e-9)
     sound.plot(torch.arange(len(wave)) / SAMPLE_RATE, wave, "0.4", lw=0.4)
     for i, word in enumerate(run["words"]):
         start, stop = [frame / FRAMES for frame in word["times"]]
         sound.axvspan(start, stop, color="tab:orange", alpha=0.2 + 0.15 * (i % 2), lw=0)
         sound.text(start, 1.2 + 0.5 * (i % 3), word["text"])
-    sound.set(
-        ylim=(-1.1, 2.8),
-        yticks=[],
-        ylabel="sound",
-        title=f"{', '.join(data['clip_names'])}: {data['prompt']}",
-    )
-    extent = (0, clips[-1]["padded"] / FRAMES, 0, 128)
-    mel.imshow(data["mel"].float(), colours, aspect="auto", origin="lower", extent=extent)
-    for clip in clips:
-        padding = clip["end"] / FRAMES, clip["padded"] / FRAMES
-        mel.axvspan(*padding, facecolor="w", edgecolor="0.7", hatch="//", lw=0)
-    mel.set(ylabel="log-mel", yticks=[])
+    sound.set(ylim=(-1.1, 2.8), yticks=[], ylabel="sound", title=f"“{data['prompt']}”")
+    extent = (0, data["clips"][-1]["padded"] / FRAMES, 0, 128)
+    mel.imshow(data["mel"], colours, aspect="auto", origin="lower", extent=extent)
+    mel.set(yticks=[], ylabel="log-mel")
     columns = []  # of the audio tokens
     markers = defaultdict(str)
     for position, (token, kind) in enumerate(zip(run["ids"], run["kinds"])):
@@ -336,8 +315,7 @@ def picture(data: dict, path: str) -> None:
             markers[edges[len(columns)]] += data["names"][token]
     prompt.vlines(edges, 0, 1, "0.6", lw=0.6)
     for second, digits in markers.items():
-        box = {"boxstyle": "round", "facecolor": "teal", "edgecolor": "none"}
-        prompt.text(second, 0.5, digits, color="w", ha="center", va="center", bbox=box)
+        prompt.text(second, 0.3, digits, color="w", ha="center", bbox={"facecolor": "teal"})
     prompt.set(ylim=(0, 1), yticks=[], ylabel="prompt")
     weights = (run["attention"].float() / 255).square().mean((1, 2))[:, columns]  # [n, A]
     drawn = answer.pcolormesh(edges, range(len(weights) + 1), weights, cmap=colours)
