@@ -2,7 +2,7 @@
 
 import base64
 import functools
-import html.parser
+import html
 import json
 import re
 import shutil
@@ -19,7 +19,6 @@ import stages
 from conftest import golden_case, golden_model, golden_prompt, largest_error, noise, write_clip
 from moss_min import TINY, MossAudio, load_audio
 
-ROOT = Path(__file__).resolve().parents[1]
 CLIP = TINY / "meters.wav"
 HOSTILE = "</script><script>alert(1)</script> \"quoted\" & 'so' <b>\U0001f514 שלום"
 
@@ -42,10 +41,6 @@ def known_page() -> str:
 def block(page: str) -> dict:
     """The page's JSON."""
     return json.loads(re.search(r'application/json">(.*?)</script>', page, re.DOTALL)[1])
-
-
-def text_of(run: dict) -> str:
-    return "".join(run["pieces"])
 
 
 # ---- what is gathered ----
@@ -76,77 +71,60 @@ def test_weights_that_are_computed_again_give_sdpas_output():
     assert max(errors) <= 1e-5
 
 
-def test_deepstack_is_measured_as_in_upstreams_stages():
-    case = golden_case("three_chunks").tensors
-    run = look.see(golden_model(), golden_prompt("three_chunks"), answer=[7])
+def test_deepstack_and_the_first_choice_are_as_in_upstreams_stages():
+    case = golden_case("long").tensors
+    run = look.see(golden_model(), golden_prompt("long"), answer=case["generated"].tolist())
     heard = [kind == look.SOUND for kind in run["kinds"]]
     for k, ratios in enumerate(run["added"]):
         rows = case[f"deepstack.{k}"]
         before = case[f"decoder.layers.{k}"][heard] - rows
         expected = rows.norm(dim=1) / before.norm(dim=1)
         torch.testing.assert_close(torch.tensor(ratios), expected, rtol=1e-4, atol=1e-5)
+    best = case["logits"][0].softmax(-1).topk(10)
+    ids, shares = zip(*run["tokens"][0]["rivals"])
+    assert list(ids) == best.indices.tolist()
+    assert shares == pytest.approx(best.values.tolist(), abs=2e-5)
+    assert run["tokens"][0]["layers"][-1] == run["tokens"][0]["rivals"][0]
 
 
-def test_the_run_is_the_models_own_greedy_answer_and_its_probabilities():
-    run = gathered()["runs"]["whole"]
-    prompt = tiny().prompt(look.ASK, [CLIP])
-    answer = list(tiny().generate(prompt, temperature=0))
-    assert [token["id"] for token in run["tokens"]] == answer
-    both = prompt._replace(ids=torch.cat([prompt.ids, torch.tensor(answer[:-1])]))
-    said = tiny()(both)[len(prompt.ids) - 1 :].softmax(-1)  # [n, V]
-    for token, expected in zip(run["tokens"], said):
-        ids, shares = zip(*token["rivals"])
-        torch.testing.assert_close(torch.tensor(shares), expected[list(ids)], rtol=0, atol=1e-4)
-        assert shares[0] == pytest.approx(float(expected.max()), abs=1e-4)
-        assert token["layers"][-1][0] == ids[0]  # the last layer says what the model says
-
-
-def test_a_given_answer_is_followed_and_the_page_says_so():
-    given = tiny().tokenizer.encode("yes").ids
-    data = look.gather(tiny(), [CLIP], look.ASK, answer=given)
-    assert [token["id"] for token in data["runs"]["whole"]["tokens"]] == given
-    assert text_of(data["runs"]["no-markers"]) == text_of(gathered()["runs"]["no-markers"])
-    assert any("was given" in note for note in data["notes"])
+def test_the_whole_run_is_the_models_greedy_answer():
+    answer = tiny().generate(tiny().prompt(look.ASK, [CLIP]), temperature=0)
+    assert [token["id"] for token in gathered()["runs"]["whole"]["tokens"]] == list(answer)
 
 
 def test_without_deepstack_the_answer_begins_as_the_stages_without_it_say():
-    wave = load_audio(CLIP)
     bare = stages.Run(tiny(), look.ASK, True, 1)
     bare.merger_of_layer = {}
-    logits = dict(stages.compute(bare, {"waveform.0": wave}))["logits"][-1]
-    token = gathered()["runs"]["no-deepstack"]["tokens"][0]
-    assert token["rivals"][0][0] == int(logits.argmax())
-    assert token["rivals"][0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)
-    assert not any(map(any, gathered()["runs"]["no-deepstack"]["added"]))
+    logits = dict(stages.compute(bare, {"waveform.0": load_audio(CLIP)}))["logits"][-1]
+    run = gathered()["runs"]["no-deepstack"]
+    best, share = run["tokens"][0]["rivals"][0]
+    assert best == int(logits.argmax())
+    assert share == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)
+    assert not any(map(any, run["added"]))
 
 
-def test_attention_goes_to_text_markers_sound_and_answer_and_to_nothing_else():
+def test_all_attention_goes_to_text_markers_sound_and_answer():
     for run in gathered()["runs"].values():
-        stored = (run["attention"].double() / 255) ** 2  # [n, L, H, C + 4]
-        columns, shares = stored[..., :-4], stored[..., -4:]
-        kinds = torch.tensor(run["kinds"])
+        stored = (run["attention"].double() / 255) ** 2  # [n, L, H or 1, C + 4]
+        shares = stored[..., -4:]
         for kind in (look.TEXT, look.MARKER, look.SOUND):
-            summed = columns[..., kinds == kind].sum(-1)
-            torch.testing.assert_close(summed, shares[..., kind], rtol=0, atol=0.02)
-        torch.testing.assert_close(
-            shares.sum(-1), torch.ones(shares.shape[:-1]).double(), atol=0.01, rtol=0
-        )
+            columns = stored[..., :-4][..., torch.tensor(run["kinds"]) == kind]
+            assert (columns.sum(-1) - shares[..., kind]).abs().max() < 0.02  # of 8 bits
+        assert (shares.sum(-1) - 1).abs().max() < 0.01
         assert shares[0, ..., look.ANSWER].max() == 0 < shares[-1, ..., look.ANSWER].min()
 
 
 def test_a_marker_of_two_digits_is_two_tokens_after_125_audio_tokens():
-    prompt = tiny().prompt("Hm.", [noise(16_000 * 10)])
-    kinds = look.see(tiny(), prompt, answer=[1])["kinds"]
-    sound = [i for i, kind in enumerate(kinds) if kind == look.SOUND]
-    assert kinds[sound[0] : sound[-1] + 4] == 5 * ([2] * 25 + [1]) + [1, 0]
-    assert kinds.count(look.MARKER) == 6
+    kinds = look.see(tiny(), tiny().prompt("Hm.", [noise(160_000)]), answer=[1])["kinds"]
+    first = kinds.index(look.SOUND)
+    assert kinds[first : first + 132] == 5 * ([2] * 25 + [1]) + [1, 0]
 
 
 def test_two_clips_lie_one_after_the_other_with_their_padding():
     first, second = look.layout([50, 620], 200)
-    assert first["end"] == 50 and first["padded"] == 400 == second["start"]
+    assert (first["end"], first["padded"], second["start"]) == (50, 400, 400)
     assert first["tokens"] == [0, 8, 16, 24, 32, 40, 48]
-    assert second["chunks"] == [400, 800] and second["end"] == 1020 and second["padded"] == 1200
+    assert (second["chunks"], second["end"], second["padded"]) == ([400, 800], 1020, 1200)
     assert len(second["tokens"]) == 50 + 28
 
 
@@ -163,36 +141,27 @@ def test_a_character_of_several_tokens_comes_with_its_last():
     tokenizer = golden_model().tokenizer
     ids = tokenizer.encode("a\U0001f514b").ids
     pieces = look.pieces_of(tokenizer, ids)
-    assert pieces == ["a", "", "", "", "\U0001f514", "b"][: len(ids) - 1] + ["b"]
+    assert len(ids) > 3 and pieces == ["a", *[""] * (len(ids) - 3), "\U0001f514", "b"]
 
 
-def test_long_sound_is_averaged_and_the_page_says_so(monkeypatch):
-    for name, value in {"MOST_COLUMNS": 40, "MOST_FRAMES": 100, "MOST_SAMPLES": 1000}.items():
-        monkeypatch.setattr(look, name, value)
+def test_what_is_too_much_is_averaged_and_the_page_says_so(monkeypatch):
+    for name, most in zip(("TOKENS", "COLUMNS", "FRAMES", "SAMPLES"), (5, 40, 100, 1000)):
+        monkeypatch.setattr(look, f"MOST_{name}", most)
     monkeypatch.setattr(look, "HEADS_BYTES", 0)
-    monkeypatch.setattr(look, "MOST_TOKENS", 5)
     data = block(look.page(tiny(), [CLIP], look.ASK))
     run = data["runs"]["whole"]
-    frames = data["clips"][0]["padded"]
-    assert run["shape"] == [5, 4, 1, -(-len(run["ids"]) // run["pool"]) + 4] and run["pool"] == 2
-    assert len(zlib.decompress(base64.b64decode(data["mel"]))) == 128 * -(-frames // 3)
+    assert run["shape"] == [5, 4, 1, -(-len(run["ids"]) // 2) + 4] and run["pool"] == 2
+    assert len(zlib.decompress(base64.b64decode(data["mel"]))) == 128 * 100
     assert len(zlib.decompress(base64.b64decode(data["sound"]))) == 44 + 2 * 1000
     assert len(data["notes"]) == 6
 
 
-def test_nothing_in_a_page_ends_its_block_and_every_text_comes_back():
-    page = look.page(tiny(), [CLIP], HOSTILE, names=[HOSTILE])
-    assert page.count("</script>") == known_page().count("</script>") == 2
-    assert block(page)["prompt"] == HOSTILE and block(page)["clip_names"] == [HOSTILE]
-
-
 def test_each_panel_names_a_function_that_its_file_has():
-    named = re.findall(r'data-file="(\w+\.py)">([\w.]+)<', look.TEMPLATE.read_text())
+    named = re.findall(r'data-file="(\w+\.py)">([\w.]+) in \1<', look.TEMPLATE.read_text())
     assert len(named) == 6
     for file, name in named:
-        *owner, function = name.split(".")
-        code = (ROOT / file).read_text()
-        assert f"def {function}(" in code and all(f"class {one}(" in code for one in owner)
+        code = (TINY.parent / file).read_text()
+        assert f"def {name.split('.')[-1]}(" in code and f" {name.split('.')[0]}(" in code
 
 
 # ---- the command line ----
@@ -212,17 +181,14 @@ def test_a_picture_is_a_small_png(tmp_path):
     assert look.main([str(CLIP), "--png", str(tmp_path / "look.png")]) == 0
     data = (tmp_path / "look.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) < 300_000
-    assert not Path("look.html").exists()
 
 
 def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    out = str(tmp_path / "no" / "look.html")
     for argv, said in [
         (["none.wav"], "none.wav"),
         ([str(CLIP), "--source", "javascript:alert(1)"], "expected an address"),
-        ([str(CLIP), "-o", out], "No such file"),
-        ([str(CLIP), "--png", "look.png"], "pip install matplotlib"),
+        ([str(CLIP), "--png", str(tmp_path / "look.png")], "pip install matplotlib"),
     ]:
         assert look.main(argv) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
@@ -230,34 +196,22 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
 
 # ---- in a browser ----
 
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 
-class Texts(html.parser.HTMLParser):
-    """The text of each element that has an id, and pressed buttons' texts."""
+class Page(str):
+    """What a browser has made of a page."""
 
-    def __init__(self, page: str):
-        super().__init__()
-        self.texts = {}
-        self.open = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br", "link"):
-            self.open.append(dict(attributes).get("id"))
-
-    def handle_endtag(self, tag):
-        self.open.pop()
-
-    def handle_data(self, data):
-        for name in filter(None, self.open):
-            self.texts[name] = self.texts.get(name, "") + data
+    def __getitem__(self, name: str) -> str:
+        """The text from the element with that id up to the next with one."""
+        inner = re.search(rf'id="{name}"[^>]*>(.*?)<[^>]+ id="', self, re.DOTALL)[1]
+        return html.unescape(re.sub("<[^>]*>", "", inner)).strip()
 
 
-def browse(page: str, folder: Path, fragment: str = "") -> dict[str, str]:
-    """Opens a page from a file; returns its elements' texts once its script has run. Nothing may
-    be said on the console or asked of the network."""
+def browse(page: str, folder: Path, fragment: str = "") -> Page:
+    """Opens a page from a file; returns it once its script has run. Nothing may be said on the
+    console or asked of the network."""
     (folder / "look.html").write_text(page)
     log = folder / "net.json"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
@@ -269,70 +223,60 @@ def browse(page: str, folder: Path, fragment: str = "") -> dict[str, str]:
     lines = [line for line in log.read_text().split("\n") if '"initiator":"null"' in line]
     asked = [re.search('"url":"([^"]*)', line)[1] for line in lines]
     assert [url for url in asked if not url.startswith(("file:", "blob:"))] == []
-    return Texts(done.stdout).texts
+    return Page(done.stdout)
 
 
 @needs_chromium
 def test_a_linked_view_shows_the_words_and_where_its_token_looked(tmp_path):
     run = gathered()["runs"]["whole"]
-    word = run["words"][1]
-    first = word["tokens"][0]
+    first = run["words"][1]["tokens"][0]
+    piece = run["pieces"][first]
     texts = browse(known_page(), tmp_path, f"token={first}&layer=2&head=1&run=whole")
     weights = (run["attention"][first, 2, 1].double() / 255) ** 2
-    sound = [i for i, kind in enumerate(run["kinds"]) if kind == look.SOUND]
-    peak = int(weights[sound].argmax())
-    share = 100 * float(weights[sound[peak]])
-    assert texts["which"] == f"{first} {run['pieces'][first]}"
-    assert f"“{run['pieces'][first]}”" in texts["looked"]
-    times = f"from {0.08 * peak:.2f} s to {0.08 * (peak + 1):.2f} s, audio token {peak + 1}"
-    assert f"{times}: {share:.1f} % of its attention" in texts["looked"]
+    sound = weights[: len(run["kinds"])][torch.tensor(run["kinds"]) == look.SOUND]
+    peak = int(sound.argmax())
+    where = f"from {0.08 * peak:.2f} s to {0.08 * (peak + 1):.2f} s, audio token {peak + 1}"
+    assert f"“{piece}”, the decoder looked most at the sound {where}" in texts["looked"]
+    assert f": {100 * float(sound[peak]):.1f} % of its attention" in texts["looked"]
+    assert texts["which"] == f"{first} {piece}"
     assert texts["words"] == "".join(word["text"] for word in run["words"])
-    assert texts["markers"] == "2"
+    assert texts["markers"] == "2" and texts["clips"] == "meters.wav, asked"
     assert texts["before"].startswith("<|im_start|>system↵You·are·a·helpful")
-    assert texts["clips"] == "meters.wav" and texts["asked"] == look.ASK
     for shown in gathered()["runs"].values():
-        assert text_of(shown) in texts["runs"]
+        assert "".join(shown["pieces"]) in texts["runs"]
 
 
 @needs_chromium
 @pytest.mark.slow
-def test_a_view_of_the_run_without_markers_has_none_and_a_wrong_address_is_put_right(tmp_path):
+def test_a_run_without_markers_shows_none_and_a_wrong_address_is_put_right(tmp_path):
     texts = browse(known_page(), tmp_path, "run=no-markers&token=99999&layer=<b>&head=-3")
-    run = gathered()["runs"]["no-markers"]
-    assert "markers" not in texts
-    assert texts["which"].startswith(str(len(run["tokens"]) - 1))
-    assert "run=no-markers" in known_page() or True
+    assert texts["markers"] == ""
+    assert texts["which"].startswith(f"{len(gathered()['runs']['no-markers']['tokens']) - 1} ")
 
 
 @needs_chromium
 @pytest.mark.slow
-def test_hostile_text_is_shown_as_text(tmp_path):
+def test_hostile_text_is_shown_as_text_and_a_given_answer_is_followed(tmp_path):
     answer = tiny().tokenizer.encode(HOSTILE).ids
     page = look.page(tiny(), [CLIP], HOSTILE, answer=answer, names=[HOSTILE])
+    assert page.count("</script>") == known_page().count("</script>") == 2
+    assert block(page)["prompt"] == HOSTILE
     texts = browse(page, tmp_path, "run=</script>&token=2")
-    assert texts["asked"] == texts["clips"] == HOSTILE
-    assert HOSTILE in texts["runs"]
-    assert "</script><script>" in texts["answer"].replace("·", " ")
+    assert texts["asked"] == HOSTILE and texts["clips"] == f"{HOSTILE}, asked"
+    assert HOSTILE in texts["runs"] and "was given" in texts["notes"]
 
 
 @needs_chromium
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "clips, answer",
-    [
+def test_odd_clips_and_answers_have_a_page_without_an_error(tmp_path):
+    for clips, answer in [
         ([CLIP], []),
-        ([CLIP], [594]),
+        ([CLIP], list(tiny().config.stop_ids[:1])),
         ([torch.zeros(16_000)], None),
+        ([noise(170)], [1]),
         ([CLIP, TINY / "bell.wav"], None),
-        ([noise(170)], None),
-    ],
-    ids=["no answer", "the end alone", "silence", "two clips", "an audio token"],
-)
-def test_an_odd_clip_or_answer_has_a_page_without_an_error(tmp_path, clips, answer):
-    texts = browse(look.page(tiny(), clips, look.ASK, answer=answer), tmp_path)
-    assert (
-        texts["looked"] == "The answer is empty."
-        if answer == []
-        else "looked most" in texts["looked"]
-    )
-    assert "s of sound" in texts["facts"]
+    ]:
+        texts = browse(look.page(tiny(), clips, look.ASK, answer=answer), tmp_path)
+        said = "The answer is empty." if answer == [] else "the decoder looked most"
+        assert said in texts["looked"]
+    assert texts["markers"] == "224" and texts["clips"] == "clip 1, clip 2, asked"

@@ -14,6 +14,7 @@ import difflib
 import io
 import json
 import math
+import os
 import sys
 import zlib
 from bisect import bisect_right
@@ -21,6 +22,7 @@ from collections import defaultdict
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -112,7 +114,10 @@ def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, r
         norms[layer].append(x[0, kinds[positions] == SOUND].float().norm(dim=-1).cpu())
 
     def see_attention(attention: Attention, args, x: Tensor) -> None:
-        found = weights(attention, *args, args[1].positions[0] >= N - 1).cpu()  # [H, r, K]
+        rows = args[1].positions[0] >= N - 1
+        if not rows.any():
+            return  # a slice of the prompt alone
+        found = weights(attention, *args, rows).cpu()  # [H, r, K]
         found = found if with_heads else found.mean(0, keepdim=True)
         columns = F.pad(found[:, :, :N], (0, -N % pool)).unflatten(2, (-1, pool)).sum(3)
         shares = found @ F.one_hot(kinds[: found.shape[2]], 4).float()
@@ -189,12 +194,8 @@ def words_of(pieces: list[str], clips: list[dict]) -> list[dict]:
 
 def name_of(tokenizer, token: int) -> str:
     """Returns an id's text, or its name if it is a special token or a part of a character."""
-    text = tokenizer.decode([token])
-    return (
-        f"part {token}"
-        if "\ufffd" in text
-        else text or tokenizer.id_to_token(token) or f"id {token}"
-    )
+    text = tokenizer.decode([token]).replace("\ufffd", "")
+    return text or tokenizer.id_to_token(token) or f"id {token}"
 
 
 # ---- the page and the picture ----
@@ -264,7 +265,7 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
 
 def packed(tensor: Tensor) -> str:
     """Returns a tensor's bytes, compressed and in base64."""
-    return base64.b64encode(zlib.compress(tensor.numpy().tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(tensor.numpy().tobytes())).decode()
 
 
 def page(
@@ -277,34 +278,36 @@ def page(
     file = io.BytesIO()
     soundfile.write(file, data.pop("wave")[:MOST_SAMPLES].numpy(), SAMPLE_RATE, format="WAV")
     data["sound"] = packed(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
-    data["source"] = source
+    data["source"] = source and source.rstrip("/")
     # No text can end the block: "<" is in it only as an escape, like all that is not ASCII.
     block = json.dumps(data, default=packed).replace("<", "\\u003c")
     return TEMPLATE.read_text("utf-8").replace("null", block, 1)
 
 
-def picture(data: dict, path: str) -> None:
-    """Draws the sound, the log-mel, the prompt and the answer's attention into a PNG file."""
+def picture(path: str, model, clips, prompt, report=None) -> None:
+    """Draws the sound, the log-mel, the prompt and its greedy answer's attention as a PNG file."""
     try:
         from matplotlib import colors, pyplot
     except ImportError:
         raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+    data = gather(model, clips, prompt, report=report)
+    pyplot.rcParams["text.parse_math"] = False  # a dollar sign is one
     colours = colors.LinearSegmentedColormap.from_list("look", COLOURS)
     run = data["runs"]["whole"]
     edges = [frame / FRAMES for clip in data["clips"] for frame in clip["tokens"]]
     edges.append(data["clips"][-1]["end"] / FRAMES)
-    figure, (sound, mel, prompt, answer) = pyplot.subplots(
+    figure, (sound, mel, strip, answer) = pyplot.subplots(
         4, sharex=True, figsize=(11, 7), height_ratios=(3, 4, 1, 6), layout="constrained"
     )
     wave = data["wave"] / data["wave"].abs().max().clamp(min=1e-9)
-    sound.plot(torch.arange(len(wave)) / SAMPLE_RATE, wave, "0.4", lw=0.4)
+    sound.plot(np.arange(len(wave)) / SAMPLE_RATE, wave.numpy(), "0.4", lw=0.4)
     for i, word in enumerate(run["words"]):
         start, stop = [frame / FRAMES for frame in word["times"]]
         sound.axvspan(start, stop, color="tab:orange", alpha=0.2 + 0.15 * (i % 2), lw=0)
         sound.text(start, 1.2 + 0.5 * (i % 3), word["text"])
-    sound.set(ylim=(-1.1, 2.8), yticks=[], ylabel="sound", title=f"“{data['prompt']}”")
+    sound.set(ylim=(-1.1, 2.8), yticks=[], ylabel="sound", title=prompt, xlim=(0, edges[-1]))
     extent = (0, data["clips"][-1]["padded"] / FRAMES, 0, 128)
-    mel.imshow(data["mel"], colours, aspect="auto", origin="lower", extent=extent)
+    mel.imshow(data["mel"].numpy(), colours, aspect="auto", origin="lower", extent=extent)
     mel.set(yticks=[], ylabel="log-mel")
     columns = []  # of the audio tokens
     markers = defaultdict(str)
@@ -313,18 +316,19 @@ def picture(data: dict, path: str) -> None:
             columns.append(position // run["pool"])
         elif kind == MARKER:
             markers[edges[len(columns)]] += data["names"][token]
-    prompt.vlines(edges, 0, 1, "0.6", lw=0.6)
+    strip.vlines(edges, 0, 1, "0.6", lw=0.6)
     for second, digits in markers.items():
-        prompt.text(second, 0.3, digits, color="w", ha="center", bbox={"facecolor": "teal"})
-    prompt.set(ylim=(0, 1), yticks=[], ylabel="prompt")
+        strip.text(second, 0.3, digits, color="w", ha="center", bbox={"facecolor": "teal"})
+    strip.set(ylim=(0, 1), yticks=[], ylabel="prompt")
     weights = (run["attention"].float() / 255).square().mean((1, 2))[:, columns]  # [n, A]
-    drawn = answer.pcolormesh(edges, range(len(weights) + 1), weights, cmap=colours)
+    drawn = answer.pcolormesh(edges, range(len(weights) + 1), weights.numpy(), cmap=colours)
     answer.set_yticks([word["tokens"][0] + 0.5 for word in run["words"]])
     answer.set_yticklabels([word["text"] for word in run["words"]])
     answer.set(ylim=(len(weights), 0), ylabel="answer, token by token", xlabel="seconds")
     figure.colorbar(drawn, ax=answer, label="attention", pad=0.01)
     figure.align_ylabels()
-    figure.savefig(path, dpi=90, format="png")
+    figure.savefig(path + ".part", dpi=80, format="png")
+    os.replace(path + ".part", path)
 
 
 def run(argv: list[str] | None) -> None:
@@ -346,7 +350,7 @@ def run(argv: list[str] | None) -> None:
     names = [Path(name).name for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, say)
     if args.png:
-        picture(gather(model, waves, args.prompt, names=names, report=say), args.png)
+        picture(args.png, model, waves, args.prompt, say)
     if args.out:
         html = page(model, waves, args.prompt, names=names, source=args.source, report=say)
         write_text(html, Path(args.out))
