@@ -149,21 +149,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Loads Qwen's byte-level BPE: a tokenizer.json, or its vocabulary, merges and added tokens."""
     try:
         if (folder / "tokenizer.json").exists():
+            # The vocabulary alone is taken: tokenizers may panic at what else is in a bad file.
             data = read_json(folder / "tokenizer.json")
-            require_fixed(data["model"], "model", type="BPE", dropout=None, ignore_merges=False)
+            bpe = data["model"]
+            require_fixed(bpe, "model", type="BPE", dropout=None, ignore_merges=False)
             pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
             require_fixed(pattern, "pre_tokenizer", Regex=PIECE)
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            tokenizer.no_truncation()  # it may have been saved with either
-            tokenizer.no_padding()
+            vocab = bpe["vocab"]
+            merges = [tuple(m.split(" ") if type(m) is str else m) for m in bpe["merges"]]
+            added = {token.pop("id"): token for token in data["added_tokens"]}
         else:
             files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
             vocab, merges = models.BPE.read_file(*files)
             added = read_json(folder / "tokenizer_config.json")["added_tokens_decoder"]
-            for i, token in added.items():
-                vocab[token["content"]] = int(i)  # or it would get the next free id
-            tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE takes no empty list
-            tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
+        for i, token in added.items():
+            vocab[token["content"]] = int(i)  # or it would get the next free id
+        tokenizer = Tokenizer(models.BPE(vocab, merges or None))  # BPE takes no empty list
+        tokenizer.add_tokens([AddedToken(**token) for token in added.values()])
     except Exception as error:  # tokenizers raises no narrower class
         files = "tokenizer.json or vocab.json, merges.txt, tokenizer_config.json"
         raise ValueError(f"{folder}: {files}: {error!r:.200}") from error
