@@ -172,6 +172,7 @@ def test_the_shared_options_reach_the_model(folder, capsys):
 def test_progress_says_how_many_are_answered_and_the_time_left(folder, capsys):
     begin(folder)
     (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
+    capsys.readouterr()
     answered(folder)
     first, loading, line, last = capsys.readouterr().err.splitlines()
     assert "1 of 7 lines are answered, 6 are for this process" in first

@@ -1,7 +1,5 @@
 """What parity.py can't read, or what dump has not written: one line, no traceback."""
 
-import json
-import shutil
 import struct
 
 import numpy as np
@@ -43,13 +41,10 @@ def rewrite(path, target, tensors=(), **metadata) -> None:
     ("key", "value"),
     [
         ("axes", None),
-        ("axes", "3"),
         ("axes", '{"no stage": "tokens"}'),
         ("axes", "[" * 10**5),
-        ("injected", '"3"'),
         ("injected", "1000000000"),
         ("sounds", "3"),
-        ("chunk_tokens", None),
         ("audio_ids", "[1]"),
         ("dtype", "int8"),
         ("versions", "no JSON"),
@@ -75,41 +70,35 @@ def test_a_scalar_is_no_stage_of_a_port(dumped, tmp_path, capsys):
     )
 
 
-def spoilt_files(folder) -> dict[str, bytes]:
-    """Files of numpy's that are damaged in ways of their own."""
-    np.savez_compressed(folder / "a.npz", logits=np.zeros((9, 320), np.float32))
-    archive = (folder / "a.npz").read_bytes()
-    np.save(folder / "a.npy", np.zeros((9, 320), np.float32))
-    array = (folder / "a.npy").read_bytes()
-    at = archive.index(b"logits.npy") + 10  # the compressed data
-    method = archive.index(b"PK\x01\x02") + 10  # how it is compressed, in the directory
-    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': %s}\n"
-    huge = header % b"(1000000000000, 1000)"
-    nested = header % (b"(" * 10**5)
-    return {
-        "cut.npz": archive[: len(archive) // 2],
-        "bits.npz": archive[: at + 40] + bytes(20) + archive[at + 60 :],
-        "method.npz": archive[:method] + b"\x63" + archive[method + 1 :],
-        "encrypted.npz": archive[: method - 2] + b"\x01" + archive[method - 1 :],
-        "cut.npy": array[:-1],
-        "empty.npy": b"",
-        "huge.npy": b"\x93NUMPY\x02\x00" + struct.pack("<I", len(huge)) + huge,
-        "nested.npy": b"\x93NUMPY\x02\x00" + struct.pack("<I", len(nested)) + nested,
-        "object.npy": array.replace(b"'<f4'", b"'|O' "),
-        "header.safetensors": struct.pack("<Q", 2**63) + b"{}",
-        "shape.safetensors": struct.pack("<Q", 60)
-        + json.dumps({"logits": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}})
-        .ljust(60)
-        .encode()
-        + bytes(4),
-    }
+def npy(header: bytes) -> bytes:
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(header)) + header
 
 
-def test_damaged_files_of_a_port_are_refused(dumped, tmp_path, capsys):
-    for name, data in spoilt_files(tmp_path).items():
-        folder = tmp_path / f"of {name}"
-        folder.mkdir()
-        (folder / name).write_bytes(data)
-        port = folder if name.endswith(".npy") else folder / name
-        assert f"{port} can't be read: " in refusal(capsys, dumped, port), name
-        shutil.rmtree(folder)
+ARRAY = b"{'descr': '<f4', 'fortran_order': False, 'shape': %s}\n"
+DAMAGED = {
+    "empty.npy": b"",
+    "huge.npy": npy(ARRAY % b"(1000000000000, 1000)"),
+    "nested.npy": npy(ARRAY % (b"(" * 10**5)),
+    "objects.npy": npy(ARRAY.replace(b"<f4", b"|O") % b"(1,)"),
+    "empty.npz": b"",
+    "header.safetensors": struct.pack("<Q", 2**63) + b"{}",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_of_a_port_is_refused(name, dumped, tmp_path, capsys):
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    port = tmp_path if name.endswith(".npy") else tmp_path / name
+    assert f"{port} can't be read: " in refusal(capsys, dumped, port)
+
+
+@pytest.mark.parametrize("place", ["data", "method", "flags"])
+def test_a_damaged_archive_of_a_port_is_refused(place, dumped, tmp_path, capsys):
+    path = tmp_path / "port.npz"
+    np.savez_compressed(path, logits=np.zeros((9, 320), np.float32))
+    data = bytearray(path.read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    at = {"data": 60, "method": directory + 10, "flags": directory + 8}[place]
+    data[at] ^= 1  # "flags": encrypted
+    path.write_bytes(data)
+    assert f"{path} can't be read: " in refusal(capsys, dumped, path)

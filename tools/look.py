@@ -14,7 +14,6 @@ import difflib
 import io
 import json
 import math
-import os
 import sys
 import zlib
 from bisect import bisect_right
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import say, write_text
+from common import say, whole, write_text
 from encoder import HOP, SAMPLE_RATE, STRIDE, load_audio, require
 from evaluate import STAMP
 from moss_min import MossAudio, Parser, Prompt, add_model_options, end
@@ -327,8 +326,8 @@ def picture(path: str, model, clips, prompt, report=None) -> None:
     answer.set(ylim=(len(weights), 0), ylabel="answer, token by token", xlabel="seconds")
     figure.colorbar(drawn, ax=answer, label="attention", pad=0.01)
     figure.align_ylabels()
-    figure.savefig(path + ".part", dpi=80, format="png")
-    os.replace(path + ".part", path)
+    with whole(Path(path)) as part:
+        figure.savefig(part, dpi=80, format="png")
 
 
 def run(argv: list[str] | None) -> None:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prompts
 import server
 import weights
-from common import our_name, read_names, say
+from common import our_name, read_names, say, whole
 from decoding import ANSWER, common_count, greedy
 from diagnose import (
     ANOTHER_SHAPE,
@@ -83,23 +83,18 @@ def write(
     header in JSON, raw data. Room for the header is left before the data and filled with spaces."""
     header = {"__metadata__": metadata}
     room = (len(json.dumps(metadata)) + 256 * count) // 8 * 8
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            file.seek(8 + room)
-            for name, x in stages:
-                # All floats in float32, mel's bfloat16 values too: numpy has no bfloat16.
-                type_name = "I32" if name in IDS else "F32"
-                x = x.cpu().int() if name in IDS else x.cpu().float()
-                begin = file.tell() - 8 - room
-                file.write(x.contiguous().numpy())
-                offsets = [begin, file.tell() - 8 - room]
-                header[name] = {"dtype": type_name, "shape": [*x.shape], "data_offsets": offsets}
-            file.seek(0)
-            file.write(struct.pack("<Q", room) + json.dumps(header).encode().ljust(room))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, open(part, "wb") as file:
+        file.seek(8 + room)
+        for name, x in stages:
+            # All floats in float32, mel's bfloat16 values too: numpy has no bfloat16.
+            type_name = "I32" if name in IDS else "F32"
+            x = x.cpu().int() if name in IDS else x.cpu().float()
+            begin = file.tell() - 8 - room
+            file.write(x.contiguous().numpy())
+            offsets = [begin, file.tell() - 8 - room]
+            header[name] = {"dtype": type_name, "shape": [*x.shape], "data_offsets": offsets}
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + json.dumps(header).encode().ljust(room))
 
 
 def digest(data: bytes) -> str:
