@@ -1,10 +1,8 @@
 """Good inputs, spoilt by the hundred as a seed draws them, through the programs' own main: status 0
 or 2, one line for a refusal, no traceback, nothing left over, and memory that is bounded."""
 
-import contextlib
 import copy
 import json
-import os
 import re
 import shutil
 import struct
@@ -53,24 +51,20 @@ def spoil_bytes(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def spoil_value(value, rng: np.random.Generator):
-    """Returns a JSON value with one of its parts replaced, taken away or given twice."""
+    """Returns a JSON value with one of its parts replaced or taken away."""
     value = copy.deepcopy(value)
     inside = value
-    while isinstance(inside, (dict, list)) and len(inside) > 0:
+    while True:
         keys = list(inside) if isinstance(inside, dict) else range(len(inside))
         key = keys[rng.integers(len(keys))]
-        deeper = inside[key]
-        if isinstance(deeper, (dict, list)) and len(deeper) > 0 and rng.random() < 0.8:
-            inside = deeper
-            continue
-        kind = rng.integers(8)
-        if kind == 0:
-            del inside[key]
-        elif kind == 1 and isinstance(inside, list):
-            inside.append(deeper)
-        else:
-            inside[key] = ODD[rng.integers(len(ODD))]
-        break
+        deep = isinstance(inside[key], (dict, list)) and len(inside[key]) > 0
+        if not deep or rng.random() < 0.2:
+            break
+        inside = inside[key]
+    if rng.random() < 0.1:
+        del inside[key]
+    else:
+        inside[key] = ODD[rng.integers(len(ODD))]
     return value
 
 
@@ -101,8 +95,7 @@ class Judge:
         self.refused = 0
         self.runs = 0
 
-    def run(self, main, argv, case, ends=(0, 2), written=()) -> None:
-        """written: names that the program may leave, which are removed."""
+    def run(self, main, argv, case, ends=(0, 2)) -> None:
         there = sorted(self.folder.rglob("*"))
         self.capfd.readouterr()
         status = main([str(word) for word in argv])
@@ -115,10 +108,6 @@ class Judge:
             assert len(own) == 1, (case, err)
             self.refused += 1
         self.runs += 1
-        for name in written:
-            path = self.folder / name
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         assert sorted(self.folder.rglob("*")) == there, case
 
     def end(self, least: float) -> None:
@@ -193,26 +182,17 @@ def test_spoilt_manifests_and_answers(judge, clip, tmp_path, monkeypatch):
     model = golden_model()
     monkeypatch.setattr(batch.MossAudio, "from_pretrained", lambda *_: model)
     line = {"audio": ["a.wav"], "prompt": "Hello", "id": "x"}
-    manifest, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    side = tmp_path / "out.jsonl.run"
-    argv = ["--manifest", manifest, "--out", out, *QUICK[:2], *QUICK[3:6], "--model", FOLDER]
-    manifest.write_text(json.dumps(line))
+    files = [tmp_path / name for name in ("in.jsonl", "out.jsonl", "out.jsonl.run")]
+    argv = ["--manifest", files[0], "--out", files[1], *QUICK[:2], *QUICK[3:6], "--model", FOLDER]
+    files[0].write_text(json.dumps(line))
     assert batch.main([str(word) for word in argv]) == 0
-    good = {path: path.read_bytes() for path in (manifest, out, side)}
+    good = [path.read_bytes() for path in files]
     for seed in range(300):
-        rng = np.random.default_rng(seed)
-        for path, data in good.items():
+        for path, data in zip(files, good):
             path.write_bytes(data)
-        spoilt = (manifest, out, side)[seed % 3]
-        spoilt.write_bytes(spoil_json(good[spoilt], rng))
-        judge.capfd.readouterr()
-        status = batch.main([str(word) for word in argv])
-        err = judge.capfd.readouterr().err
-        assert status in (0, 2) and "Traceback" not in err, (seed, err)
-        assert status == 0 or err.count("\n") == 1, (seed, err)
-        assert len(os.listdir(tmp_path)) == 4, seed
-        judge.refused += status == 2
-        judge.runs += 1
+        spoilt = spoil_json(good[seed % 3], np.random.default_rng(seed))
+        files[seed % 3].write_bytes(spoilt)
+        judge.run(batch.main, argv, seed)
     judge.end(0.2)
 
 
