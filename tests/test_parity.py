@@ -220,7 +220,7 @@ def test_a_dump_is_written_stage_by_stage_and_a_failure_leaves_the_file_as_it_wa
     def stages():
         for count in (1, 2):
             yield f"mel.{count}", torch.zeros(1000, 1000)
-            written = sum(file.stat().st_size for file in tmp_path.iterdir())
+            written = sum(file.stat().st_size for file in tmp_path.rglob("*"))
             assert written > count * 4_000_000
         raise OSError("no space left")
 
