@@ -63,16 +63,19 @@ def draw_command(rng: random.Random) -> list[str]:
 def draw_phrase(rng: random.Random) -> list[str]:
     """Draws one thing to say, of one to eight words."""
     kind = rng.random()
-    # A quarter are words in any order, or a grammar would be learned.
+    # A word alone, most often a digit, sounds unlike one in a phrase.
     if kind < 0.25:
-        return rng.choices(WORDS, k=rng.randint(1, 6))
-    # Digits, as of a telephone number.
+        return [rng.choice(rng.choice([DIGITS, WORDS]))]
+    # Words in any order, or a grammar would be learned.
     if kind < 0.45:
-        return rng.choices([*DIGITS, "oh"], k=rng.randint(2, 8))
+        return rng.choices(WORDS, k=rng.randint(2, 6))
+    # Digits, as of a telephone number.
     if kind < 0.62:
+        return rng.choices([*DIGITS, "oh"], k=rng.randint(2, 8))
+    if kind < 0.74:
         low, high = rng.choice([(10, 19), (20, 99), (20, 99), (100, 999)])
         return say_number(rng.randint(low, high))
-    if kind < 0.84:
+    if kind < 0.89:
         return draw_command(rng)
     # A card.
     return [rng.choice([*DIGITS[2:], "ten", *RANKS]), "of", rng.choice(SUITS)]
@@ -125,9 +128,11 @@ def make_sound(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 # ---- clips ----
-# Seconds before a phrase or sound, at least and at most, and how often.
+# Seconds before a phrase or sound, at least and at most, and how often; in a fifth of the clips,
+# all gaps are long.
 GAPS = ((0.02, 0.4), (0.1, 1), (0.5, 2.5))
 GAP_SHARES = (0.6, 0.3, 0.1)
+LONG_SHARES = (0, 0.6, 0.4)
 
 
 def part_words(phrase: Clip, rng: np.random.Generator) -> Clip:
@@ -135,13 +140,14 @@ def part_words(phrase: Clip, rng: np.random.Generator) -> Clip:
     parts = []
     words = []
     at = 0
+    longest = rng.choice([0.4, 0.8, 1.6])
     for word in phrase.heard:
         first = max(0, int((word.start - 0.02) * SAMPLE_RATE))
         piece = phrase.wave[first : int((word.end + 0.02) * SAMPLE_RATE)].copy()
         edge = np.linspace(0, 1, min(160, len(piece) // 2), dtype=np.float32)
         piece[: len(edge)] *= edge
         piece[len(piece) - len(edge) :] *= edge[::-1]
-        gap = np.zeros(int(rng.uniform(0.08, 0.7) * SAMPLE_RATE), np.float32)
+        gap = np.zeros(int(rng.uniform(0.08, longest) * SAMPLE_RATE), np.float32)
         parts += [piece, gap]
         words += retime([word], later=(at - first) / SAMPLE_RATE)
         at += len(piece) + len(gap)
@@ -183,9 +189,10 @@ def compose(bank: Bank, rng: np.random.Generator, seconds: float, engine: str | 
     engine = engine or bank.draw_engine(rng)
     voice = bank.draw_voice(rng, engine)
     share_of_sounds = rng.choice([0, 0, 0.25, 0.5])
+    shares = LONG_SHARES if rng.random() < 0.2 else GAP_SHARES
     at = 0
     while at < total:
-        gap = GAPS[rng.choice(len(GAPS), p=GAP_SHARES)]
+        gap = GAPS[rng.choice(len(GAPS), p=shares)]
         at += int(rng.uniform(*gap) * SAMPLE_RATE)
         level = 10 ** (rng.uniform(-8, 0) / 20)
         if rng.random() < share_of_sounds:
@@ -231,11 +238,14 @@ def draw_microphone(f: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_line(f: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws a telephone's band, in decibels at frequencies f."""
-    low = rng.uniform(50, 350)
-    high = rng.uniform(2900, 4000)
+    """Draws a telephone's band, in decibels at frequencies f; half of them are muffled, as by an
+    old carbon microphone."""
+    low = rng.uniform(50, 450)
+    high = rng.uniform(2400, 4000)
     below = np.clip((low - f) / low * 30, 0, 40)
-    return -below - np.clip((f - high) / rng.uniform(50, 300) * 40, 0, 100)
+    above = np.clip((f - high) / rng.uniform(50, 300) * 40, 0, 100)
+    octaves = np.log2(np.maximum(f, 600) / 600)
+    return -below - above - rng.uniform(0, 14) * octaves * (rng.random() < 0.5)
 
 
 def add_noise(
@@ -261,12 +271,43 @@ def overdrive(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return wave.clip(-limit, limit)
 
 
-def mu_law(wave: np.ndarray) -> np.ndarray:
-    """Rounds samples as eight bits of mu-law do."""
-    peak = np.abs(wave).max() + 1e-9
-    x = np.clip(wave / peak, -1, 1)
-    x = np.round(np.sign(x) * np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
-    return np.sign(x) * (256 ** np.abs(x) - 1) / 255 * peak
+def round_mu_law(x: np.ndarray) -> np.ndarray:
+    """Rounds samples from -1 to 1 as eight bits of mu-law do."""
+    y = np.round(np.log1p(255 * np.abs(x)) / np.log(256) * 127) / 127
+    return np.sign(x) * (256**y - 1) / 255
+
+
+def round_a_law(x: np.ndarray) -> np.ndarray:
+    """Rounds samples from -1 to 1 as A-law's eight bits do, which is linear up to 1 / A."""
+    A = 87.6
+    whole = 1 + np.log(A)
+    y = A * np.abs(x)
+    y = np.where(y < 1, y, 1 + np.log(np.maximum(y, 1))) / whole
+    y = np.round(y * 127) / 127 * whole
+    return np.sign(x) * np.where(y < 1, y, np.exp(y - 1)) / A
+
+
+def digitise(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sends an even number of samples over a digital line: 8 kHz, G.711, at any level."""
+    n = len(wave)
+    narrow = np.fft.irfft(np.fft.rfft(wave)[: n // 4 + 1], n // 2)
+    level = 10 ** (rng.uniform(-30, 0) / 20) / (np.abs(narrow).max() + 1e-9)
+    law = round_mu_law if rng.random() < 0.5 else round_a_law
+    return np.fft.irfft(np.fft.rfft(law(narrow * level)), n) / level
+
+
+def add_hum(wave: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Adds the mains' hum to three of ten clips, and faint crackle to as many others."""
+    kind = rng.random()
+    loudness = np.abs(wave).max() * 10 ** (-rng.uniform(15, 45) / 20)
+    if kind < 0.3:
+        t = 2 * np.pi * rng.choice([50, 60]) / SAMPLE_RATE * np.arange(len(wave))
+        wave = wave + loudness * sum(rng.random() * np.sin(k * t) / k for k in range(1, 8))
+    elif kind < 0.6:
+        places = rng.random(len(wave)) < 10 ** rng.uniform(-4.5, -3.2)
+        crackle = places * rng.standard_normal(len(wave))
+        wave = wave + loudness * np.convolve(crackle, np.exp(-np.arange(16) / 4), "same")
+    return wave
 
 
 def degrade(wave: np.ndarray, rng: np.random.Generator, telephone: bool) -> np.ndarray:
@@ -281,11 +322,13 @@ def degrade(wave: np.ndarray, rng: np.random.Generator, telephone: bool) -> np.n
         line = draw_line(f, rng)
         gains = gains + line
     spectrum = add_noise(spectrum * 10 ** (gains / 20), line, rng)
-    wave = np.fft.irfft(spectrum, n).astype(np.float32)[: len(wave)]
-    wave = overdrive(wave, rng)
-    if telephone and rng.random() < 0.3:
-        wave = mu_law(wave)
-    return (wave * 10 ** (rng.uniform(-25, 0) / 20)).astype(np.float32)
+    long = overdrive(np.fft.irfft(spectrum, n), rng)
+    if telephone:
+        if rng.random() < 0.6:
+            long = digitise(long, rng)
+        long = add_hum(long, rng)
+    level = 10 ** (rng.uniform(-35, 0) / 20)
+    return (long[: len(wave)] * level).astype(np.float32)
 
 
 def interpolate(x: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -317,8 +360,6 @@ def warp_mel(mel: np.ndarray, frames: int, rng: np.random.Generator) -> np.ndarr
 PLAIN = "Transcribe the audio."
 STAMPS = "Transcribe the audio with timestamps."
 DESCRIBE = "Describe this audio."
-WHEN = 'When is "{}" said?'
-AFTER = "What is heard after {} seconds?"
 SILENCE = "(silence)"
 
 
@@ -339,7 +380,7 @@ def stamped(heard: list[Heard]) -> str:
     return "".join(stamp(w.start) + w.name + stamp(w.end) for w in words) or SILENCE
 
 
-def describe(heard: list[Heard], nothing: str = "There is silence.") -> str:
+def describe(heard: list[Heard]) -> str:
     """Returns a sentence for each sound, and one for all the words between two sounds."""
     sentences = []
     for is_sound, group in itertools.groupby(heard, lambda part: part.name in SOUNDS):
@@ -347,38 +388,18 @@ def describe(heard: list[Heard], nothing: str = "There is silence.") -> str:
             sentences += [f"{sound.name} at {sound.start:.1f} seconds." for sound in group]
         else:
             sentences.append(f'A voice says "{transcript(list(group))}".')
-    return " ".join(sentences) or nothing
+    return " ".join(sentences) or "There is silence."
 
 
-def all_questions(
-    heard: list[Heard], seconds: float, rng: np.random.Generator
-) -> list[tuple[str, str]]:
-    """Returns each prompt with its answer; when a word is said and what is heard after a whole
-    second are among them if they can be asked."""
-    questions = [(STAMPS, stamped(heard)), (PLAIN, transcript(heard)), (DESCRIBE, describe(heard))]
-    names = [part.name for part in heard]
-    once = [word for word in only_words(heard) if names.count(word.name) == 1]
-    if once:
-        word = once[rng.integers(len(once))]
-        questions.append((WHEN.format(word.name), f"At {word.start:.1f} seconds."))
-    starts = np.array([part.start for part in heard])
-    clear = [n for n in range(1, int(seconds)) if (np.abs(starts - n) > 0.12).all()]
-    if clear:
-        n = clear[rng.integers(len(clear))]
-        later = [part for part in heard if part.start > n]
-        questions.append((AFTER.format(n), describe(later, "Nothing.")))
-    return questions
+def all_questions(heard: list[Heard]) -> list[tuple[str, str]]:
+    """Returns each prompt with its answer."""
+    return [(STAMPS, stamped(heard)), (PLAIN, transcript(heard)), (DESCRIBE, describe(heard))]
 
 
-# How often training asks each of all_questions.
-SHARES = (0.4, 0.2, 0.15, 0.14, 0.11)
-
-
-def ask(heard: list[Heard], seconds: float, rng: np.random.Generator) -> tuple[str, str]:
-    """Draws one of the prompts with its answer, most often the one for timestamps."""
-    questions = all_questions(heard, seconds, rng)
-    shares = np.array(SHARES[: len(questions)])
-    return questions[rng.choice(len(questions), p=shares / shares.sum())]
+def ask(heard: list[Heard], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Returns two prompts with their answers: the one for timestamps, and one of the others."""
+    stamps, plain, description = all_questions(heard)
+    return [stamps, plain if rng.random() < 0.65 else description]
 
 
 def events(description: str) -> list[str]:
@@ -392,15 +413,24 @@ def data_line(sound: str, prompt: str, answer: str) -> str:
     """Returns a line of what tools/train.py and tools/evaluate.py read."""
     turns = [("user", "audio", sound), ("user", "text", prompt), ("assistant", "text", answer)]
     names = ("role", "message_type", "content")
-    line = {"conversation": [dict(zip(names, turn)) for turn in turns]}
-    if "?" in prompt:
-        line["task"] = "question"
-    return json.dumps(line) + "\n"
+    return json.dumps({"conversation": [dict(zip(names, turn)) for turn in turns]}) + "\n"
+
+
+def join(clips: list[Clip], gaps: tuple[float, float], rng: np.random.Generator) -> Clip:
+    """Puts clips one after the other, a gap of so many seconds before each and after the last."""
+    wave = np.zeros(int(rng.uniform(*gaps) * SAMPLE_RATE), np.float32)
+    heard = []
+    for clip in clips:
+        heard += retime(clip.heard, later=len(wave) / SAMPLE_RATE)
+        gap = np.zeros(int(rng.uniform(*gaps) * SAMPLE_RATE), np.float32)
+        wave = np.concatenate([wave, clip.wave, gap])
+    return Clip(wave, heard)
 
 
 def held_out(folder: Path, lengths: list[float]) -> dict[str, list[Clip]]:
     """Composes, for each engine of a bank, clips of the voice that is not trained on, so many
-    seconds long: as they are, and degraded, over the telephone."""
+    seconds long: as they are, and degraded, over the telephone. Two more sets are of single digits
+    with long gaps, over the telephone, and of what has no words."""
     bank = Bank(folder, held=True)
     sets = {}
     for engine in bank.voices:
@@ -410,6 +440,16 @@ def held_out(folder: Path, lengths: list[float]) -> dict[str, list[Clip]]:
             if name != engine:
                 clips = [clip._replace(wave=degrade(clip.wave, rng, True)) for clip in clips]
             sets[name] = clips
+    rng = np.random.default_rng(0)
+    sets |= {"digits": [], "quiet": []}
+    for i, seconds in enumerate(lengths):
+        engine = list(bank.voices)[i % len(bank.voices)]
+        drawn = [bank.draw_clip(rng, engine, bank.draw_voice(rng, engine)) for _ in range(100)]
+        alone = [clip for clip in drawn if len(clip.heard) == 1 and clip.heard[0].name in DIGITS]
+        clip = join(alone[: rng.integers(3, 9)], (0.3, 1.5), rng)
+        sets["digits"].append(clip._replace(wave=degrade(clip.wave, rng, True)))
+        silence = np.zeros(int(seconds * SAMPLE_RATE), np.float32)
+        sets["quiet"].append(Clip(degrade(silence, rng, telephone=rng.random() < 0.5), []))
     return sets
 
 
@@ -428,15 +468,8 @@ def compose_people(folder: Path, rng: np.random.Generator, count: int) -> list[C
     require(len(spoken) > 0, f"{folder}: expected a bank, or WAV files named by words")
     clips = []
     for _ in range(count):
-        parts = []
-        heard = []
-        at = 0
-        for name in rng.choice(list(spoken), rng.integers(2, 9)):
-            gap = np.zeros(int(rng.uniform(0.05, 0.6) * SAMPLE_RATE), np.float32)
-            heard += retime(spoken[name].heard, later=(at + len(gap)) / SAMPLE_RATE)
-            parts += [gap, spoken[name].wave]
-            at += len(gap) + len(spoken[name].wave)
-        clips.append(Clip(np.concatenate(parts), heard))
+        words = rng.choice(list(spoken), rng.integers(2, 9))
+        clips.append(join([spoken[word] for word in words], (0.05, 0.6), rng))
     return clips
 
 
@@ -450,22 +483,20 @@ def write_data(folder: Path, name: str, sounds: dict[str, Clip], questions: Call
     print(f"{folder / name}.jsonl: {len(lines)} lines for {len(sounds)} sounds", flush=True)
 
 
-def write_test(source: Path, folder: Path, count: int) -> None:
+def write_test(source: Path, folder: Path, count: int, seconds: list[float]) -> None:
     """Writes clips of a bank's held-out voices, or of people, as sound files and, with every
-    prompt, a data file for each set."""
+    prompt, a data file for each set. The voices' clips have from the first to the second of so
+    many seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     if list(source.glob("*.npy")):
-        sets = held_out(source, rng.uniform(2, 10, count).round(1).tolist())
+        sets = held_out(source, rng.uniform(*seconds, count).round(1).tolist())
     else:
         sets = {source.name: compose_people(source, rng, count)}
 
-    def questions(clip: Clip) -> list[tuple[str, str]]:
-        return all_questions(clip.heard, len(clip.wave) / SAMPLE_RATE, rng)
-
     for name, clips in sets.items():
         sounds = {f"{name}-{i}.wav": clip for i, clip in enumerate(clips)}
-        write_data(folder, name, sounds, questions)
+        write_data(folder, name, sounds, lambda clip: all_questions(clip.heard))
 
 
 def write_words(words: list[str], folder: Path) -> None:

@@ -10,6 +10,7 @@ engines, whose packages tools/voices.py names; the others read the bank alone.
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -56,13 +57,8 @@ TEXTS = [
     "user\n",
     "assistant\n",
     *(f"\n{prompt}" for prompt in (PLAIN, STAMPS, DESCRIBE)),
-    '\nWhen is "',
-    '" said?',
-    "\nWhat is heard after 4 seconds?",
     "There is silence.",
     "(silence)",
-    "Nothing.",
-    "At 1.0 seconds.",
     'A voice says "',
     *SOUNDS,
     " at 1.0 seconds. A",
@@ -144,7 +140,8 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
 
 # ---- stages ----
 class Stage(NamedTuple):
-    """A part of the training: steps first to end - 1, at a rate from its peak down."""
+    """A part of the training: steps first to end - 1, at a rate that stays at its peak for half of
+    them. Until then no step depends on end: from a saved state, a stage can be made longer."""
 
     number: int  # 0: the encoder alone; 1: the whole model
     first: int
@@ -152,14 +149,11 @@ class Stage(NamedTuple):
     peak: float
     least: float  # the rate's share at the end
 
-    def done(self, step: int) -> float:
-        return (step - self.first) / (self.end - self.first)
-
     def rate(self, step: int) -> float:
-        """Returns the learning rate: a short warm-up, then half a cosine."""
-        done = self.done(step)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * done)
-        warm = min(1, 0.01 + done / 0.02)
+        """Returns the learning rate: a short warm-up, the peak, then half a cosine."""
+        done = (step - self.first) / (self.end - self.first)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * max(0, 2 * done - 1))
+        warm = min(1, (1 + step - self.first) / 60)
         return self.peak * warm * (self.least + (1 - self.least) * cosine)
 
 
@@ -175,44 +169,46 @@ class Lesson(NamedTuple):
 
     mel: Tensor  # bfloat16 [128, T]
     heard: list[Heard]
-    prompt: str
-    answer: str
+    questions: list[tuple[str, str]]  # prompts and answers
 
 
 def draw_lesson(bank: Bank, rng: np.random.Generator, frames: int) -> Lesson:
-    """Draws a clip of so many mel frames, and a question about it."""
+    """Draws a clip of so many mel frames, and questions about it."""
     seconds = frames * HOP / SAMPLE_RATE
     speed = rng.choice([1, rng.uniform(0.87, 1.18)])
     clip = compose.compose(bank, rng, seconds * speed, None)
-    wave = compose.degrade(clip.wave, rng, telephone=rng.random() < 0.5)
+    wave = compose.degrade(clip.wave, rng, telephone=rng.random() < 0.4)
     mel = compose.warp_mel(mel_spectrum(wave), frames, rng)
     heard = retime(clip.heard, speed=speed)
-    prompt, answer = compose.ask(heard, seconds, rng)
-    return Lesson(torch.from_numpy(mel).to(torch.bfloat16), heard, prompt, answer)
+    return Lesson(torch.from_numpy(mel).to(torch.bfloat16), heard, compose.ask(heard, rng))
 
 
-def draw_lengths(rng: np.random.Generator, done: float, seconds: float) -> list[int]:
-    """Draws clips' lengths in mel frames, about so much sound together, longer ones as the stage
-    goes on.
+# Clips' lengths, at least and at most, in 0.4 s, and how often: for the encoder alone, to which the
+# chunks of 4 s of a longer clip are new rows, and for the whole model.
+LENGTHS = (((2, 10), (11, 20)), ((2, 10), (11, 30), (31, 60), (61, 100)))
+LENGTH_SHARES = ((0.7, 0.3), (0.3, 0.3, 0.2, 0.2))
+
+
+def draw_lengths(rng: np.random.Generator, stage: int, steps: int, seconds: float) -> list[int]:
+    """Draws clips' lengths in mel frames, about so much sound together; all are short in the first
+    steps of a stage.
 
     Clips of up to 4 s are all equally long, so that none is padded where inference would not pad
     it; of longer ones, every chunk is padded to 4 s. Lengths come in steps of 40 frames: oneDNN
     makes code for every new shape. Up to 7 frames are missing, since an audio token hears 8, and a
     model to which a last token of fewer is new takes it for a click.
     """
-    if done < 0.06:
-        kind = (3, 5)
-    elif done < 0.2:
-        kind = (3, 10)
-    else:
-        kind = [(3, 10), (11, 20), (21, 30)][rng.choice(3, p=[0.25, 0.45, 0.3])]
-    steps = int(rng.integers(*kind, endpoint=True))
+    kind = (3, 6)
+    if steps >= 200:
+        kinds = LENGTHS[stage]
+        kind = kinds[rng.choice(len(kinds), p=LENGTH_SHARES[stage])]
+    longest = int(rng.integers(*kind, endpoint=True))
     missing = int(rng.integers(8))
-    count = max(2, round(seconds / 0.4 / steps))
-    if steps <= 10:
-        return [40 * steps - missing] * count
-    own = [max(11, steps - int(rng.integers(4))) for _ in range(count)]
-    return [40 * steps - int(rng.integers(8)) for steps in own]
+    count = max(1, round(seconds / 0.4 / longest))
+    if longest <= 10:
+        return [40 * longest - missing] * count
+    own = [max(11, longest - int(rng.integers(4))) for _ in range(count)]
+    return [40 * length - int(rng.integers(8)) for length in own]
 
 
 @dataclass
@@ -225,12 +221,16 @@ class Batch:
     counts: list[int]  # how many words and sounds are heard in each
     heard: Tensor  # their classes, in order, int64 [sum of counts]
     frames: Tensor  # each audio token's class, int64 [sum of tokens]
-    ids: Tensor  # prompts and answers, int64 [B, N]
-    labels: Tensor  # int64 [B, N], IGNORE but for the answers
+    # Of the first question about each clip, and of the second:
+    ids: list[Tensor]  # prompts and answers, int64 [B, N] each
+    labels: list[Tensor]  # int64 [B, N] each, IGNORE but for the answers
 
     def to(self, device: torch.device) -> "Batch":
-        names = ("mels", "heard", "frames", "ids", "labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        names = ("mels", "heard", "frames")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        ids = [tensor.to(device) for tensor in self.ids]
+        labels = [tensor.to(device) for tensor in self.labels]
+        return replace(self, ids=ids, labels=labels, **moved)
 
 
 def frame_classes(heard: list[Heard], tokens: int) -> Tensor:
@@ -245,25 +245,30 @@ def frame_classes(heard: list[Heard], tokens: int) -> Tensor:
     return classes
 
 
+def pad_rows(rows: list[list[int]], value: int) -> Tensor:
+    """Returns rows of ids as int64 [B, N]; N is a multiple of 32, for the same reason as lengths
+    are of 40 frames."""
+    longest = 32 * math.ceil(max(len(row) for row in rows) / 32)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
 def make_batch(model: MossAudio, lessons: list[Lesson]) -> Batch:
-    n_window = model.config.encoder.n_window
     lengths = [lesson.mel.shape[1] for lesson in lessons]
-    tokens = [count_tokens(length, n_window) for length in lengths]
-    classes = []
-    frames = []
-    ids = []
-    labels = []
-    for lesson, count in zip(lessons, tokens):
-        classes += [1 + NAMES.index(part.name) for part in lesson.heard]
-        frames.append(frame_classes(lesson.heard, count))
-        prompt = model.prompt_ids(lesson.prompt, [lesson.mel.shape[1]])
-        answer = learned_ids(model, lesson.answer)
-        ids.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-    # To a multiple of 32, for the same reason as draw_lengths' steps.
-    more = -ids.shape[1] % 32
+    tokens = [count_tokens(length, model.config.encoder.n_window) for length in lengths]
+    classes = [1 + NAMES.index(part.name) for lesson in lessons for part in lesson.heard]
+    frames = [frame_classes(lesson.heard, count) for lesson, count in zip(lessons, tokens)]
+    all_ids = []
+    all_labels = []
+    for questions in zip(*(lesson.questions for lesson in lessons)):
+        ids = []
+        labels = []
+        for (prompt, answer), length in zip(questions, lengths):
+            before = model.prompt_ids(prompt, [length])
+            learned = learned_ids(model, answer)
+            ids.append(before + learned)
+            labels.append([IGNORE] * len(before) + learned)
+        all_ids.append(pad_rows(ids, 0))
+        all_labels.append(pad_rows(labels, IGNORE))
     return Batch(
         mels=torch.cat([lesson.mel for lesson in lessons], dim=1),
         lengths=lengths,
@@ -271,8 +276,8 @@ def make_batch(model: MossAudio, lessons: list[Lesson]) -> Batch:
         counts=[len(lesson.heard) for lesson in lessons],
         heard=torch.tensor(classes, dtype=torch.long),
         frames=torch.cat(frames),
-        ids=F.pad(ids, (0, more)),
-        labels=F.pad(labels, (0, more), value=IGNORE),
+        ids=all_ids,
+        labels=all_labels,
     )
 
 
@@ -290,11 +295,11 @@ class Batches(IterableDataset):
         worker = get_worker_info()
         bank = Bank(self.args.bank, held=False)
         model = random_model(self.folder, 0)  # for its tokens
-        alone, whole = make_stages(self.args)
+        alone = self.args.alone
         for step in range(self.first + worker.id, self.args.steps, worker.num_workers):
             rng = np.random.default_rng([self.args.seed, step])
-            done = 0.06 + 0.2 * alone.done(step) if step < alone.end else whole.done(step)
-            lengths = draw_lengths(rng, done, self.args.seconds)
+            stage, steps = (0, step) if step < alone else (1, step - alone)
+            lengths = draw_lengths(rng, stage, steps, self.args.seconds)
             yield make_batch(model, [draw_lesson(bank, rng, frames) for frames in lengths])
 
 
@@ -316,17 +321,21 @@ def hearing_loss(heads: nn.ModuleDict, output: Tensor, batch: Batch) -> Tensor:
 def answer_loss(model: MossAudio, batch: Batch, sound: list[Tensor]) -> Tensor:
     """Cross-entropy of the answers, after hear's rows. Words count four times: beside the dozen
     tokens of its timestamps, a word would hardly be learned."""
-    B, N = batch.ids.shape
-    positions = torch.arange(N, device=batch.ids.device)[None]
-    hidden = model.decode(batch.ids, positions, model.new_cache(B, N), N, sound)  # [B, N, D]
-    labels = batch.labels[:, 1:]
-    learned = labels != IGNORE
-    right = labels[learned]
-    logits = model.lm_head(hidden[:, :-1][learned]).float()
-    losses = F.cross_entropy(logits, right, reduction="none")
-    # Below 256 are the bytes: digits, brackets, points.
-    weights = torch.where(right < 256, 1.0, 4.0)
-    return (losses * weights).sum() / weights.sum()
+    loss = 0
+    total = 0
+    for ids, labels in zip(batch.ids, batch.labels):
+        B, N = ids.shape
+        positions = torch.arange(N, device=ids.device)[None]
+        hidden = model.decode(ids, positions, model.new_cache(B, N), N, sound)  # [B, N, D]
+        right = labels[:, 1:]
+        learned = right != IGNORE
+        logits = model.lm_head(hidden[:, :-1][learned]).float()
+        losses = F.cross_entropy(logits, right[learned], reduction="none")
+        # Below 256 are the bytes: digits, brackets, points.
+        weights = torch.where(right[learned] < 256, 1.0, 4.0)
+        loss = loss + (losses * weights).sum()
+        total = total + weights.sum()
+    return loss / total
 
 
 # ---- optimisers ----
@@ -432,8 +441,9 @@ def score_events(folder: Path, data: Path) -> None:
 
 # ---- training ----
 SAVE_SECONDS = 60
-TEST_SECONDS = 600
+TEST_SECONDS = 1200
 LOG_STEPS = 50
+AVERAGING = 0.003  # a step's share of the averaged weights
 
 
 class Training:
@@ -451,7 +461,9 @@ class Training:
         frames = nn.Linear(width, 1 + 3 * len(NAMES))
         self.heads = nn.ModuleDict({"ctc": ctc, "frames": frames})
         self.both = nn.ModuleDict({"model": self.model, "heads": self.heads})
-        self.sets = compose.held_out(args.bank, [4.8] * 6)
+        # Of the last steps' weights: what is tested and saved as the checkpoint.
+        self.average = copy.deepcopy(self.both)
+        self.sets = compose.held_out(args.bank, [4.8] * 4)
         self.step = 0
         self.stage = None
         self.began = time.time()  # or, of a run that goes on, as if it had not stopped
@@ -460,6 +472,8 @@ class Training:
         if self.state.exists():
             tensors, saved = load_state(self.state, self.run)
             self.both.load_state_dict({name: tensors.pop(name) for name in self.both.state_dict()})
+            average = {name: tensors.pop(f"average.{name}") for name in self.both.state_dict()}
+            self.average.load_state_dict(average)
             self.moments = tensors
             self.step = saved["step"]
             self.stage = saved["stage"]
@@ -506,6 +520,9 @@ class Training:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        with torch.no_grad():
+            weights = list(self.both.parameters())
+            torch._foreach_lerp_(list(self.average.parameters()), weights, AVERAGING)
         self.step += 1
         self.losses.append(torch.stack([hearing, answers]).detach())
 
@@ -523,23 +540,25 @@ class Training:
             self.save()
             self.saved = time.time()
         if ended or time.time() - self.tested > TEST_SECONDS:
+            model = self.average["model"]
             for name, clips in self.sets.items():
-                scores = {"ctc": test_hearing(self.model, self.heads, clips)}
+                scores = {"ctc": test_hearing(model, self.average["heads"], clips)}
                 if self.stage > 0:
-                    scores |= test_answers(self.model, clips)
+                    scores |= test_answers(model, clips)
                 self.report(test=name, **scores)
             self.tested = time.time()
 
     def save(self) -> None:
         """Writes the state, from which the same command goes on, and the checkpoint."""
         tensors = self.both.state_dict()
+        tensors |= {f"average.{name}": x for name, x in self.average.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for place, values in optimizer.state_dict()["state"].items():
                 for name, tensor in values.items():
                     tensors[f"{i}.{place}.{name}"] = tensor
         done = {"step": self.step, "stage": self.stage, "minutes": self.minutes()}
         save_state(self.state, tensors, self.run | done)
-        save_checkpoint(self.model, self.out, self.folder)
+        save_checkpoint(self.average["model"], self.out, self.folder)
 
     def report(self, **line) -> None:
         """Prints a line of JSON, and adds it to the log."""
@@ -569,6 +588,7 @@ def train(args: argparse.Namespace) -> None:
     # The processes are forked here, before CUDA has anything of the model.
     batches = iter(DataLoader(batches, **options))
     training.both.to(device)
+    training.average.to(device)
     for stage in stages:
         if training.step < stage.end:
             training.begin(stage)
@@ -592,6 +612,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("source", type=Path, metavar="SOURCE", help="a bank, or a folder of WORD.wav")
     add("folder", type=Path, metavar="FOLDER")
     add("--count", type=int, default=25, metavar="N", help="sounds of each voice (%(default)s)")
+    add("--seconds", type=float, nargs=2, default=[2, 10], metavar="X", help="lengths (2 to 10)")
 
     add = commands.add_parser("events", help="score descriptions by their events").add_argument
     add("model", type=Path, metavar="MODEL")
@@ -624,7 +645,7 @@ def run(argv: list[str] | None) -> None:
     if args.command == "bank":
         make_bank(args.bank, args.engines or list(ENGINES), compose.draw_phrase)
     elif args.command == "test":
-        compose.write_test(args.source, args.folder, args.count)
+        compose.write_test(args.source, args.folder, args.count, args.seconds)
     elif args.command == "events":
         score_events(args.model, args.data)
     elif args.command == "words":

