@@ -9,7 +9,6 @@ engines, whose packages tools/voices.py names; the others read the bank alone.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import math
@@ -24,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -503,10 +501,7 @@ class Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.rate(self.step) * group["share"]
-        on_cuda = batch.mels.is_cuda
-        # On a CPU, the plain kernel is the fastest for short sequences.
-        kernel = contextlib.nullcontext() if on_cuda else sdpa_kernel(SDPBackend.MATH)
-        with torch.autocast("cpu", FAST, torch.float32 != FAST and not on_cuda), kernel:
+        with torch.autocast("cpu", FAST, torch.float32 != FAST and not batch.mels.is_cuda):
             sound = self.model.hear(list(batch.mels.split(batch.lengths, dim=1)))
             hearing = hearing_loss(self.heads, sound[0], batch)
             answers = torch.zeros_like(hearing)
