@@ -298,7 +298,10 @@ def load_session(model: bytes, durations: str):
     # Protocol buffers that follow each other are merged: the outputs are field 12 of the graph,
     # which is field 7.
     model += field(7, field(12, field(1, durations.encode())))
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # More threads than free cores would wait for each other in busy loops.
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def package_folder(name: str) -> Path:
@@ -405,7 +408,7 @@ ENGINES = {
     "flite": Engine(flite, "rms", 4800, 1.0),
     "festival": Engine(festival, "ked", 2500, 0.6),
     "kokoro": Engine(kokoro, "jf_nezumi", 400, 1.2),
-    "piper": Engine(piper, "", 2000, 0.8),
+    "piper": Engine(piper, "", 1000, 0.8),
 }
 
 
