@@ -27,7 +27,7 @@ STRIDE = 8  # mel frames in an audio token: three convolutions of stride 2
 # ffmpeg may open these formats alone: none of them leads on to another file or address.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg"
 ONLY = f"-protocol_whitelist file -format_whitelist {CONTAINERS},tta,w64,wav,wv"
-FFMPEG = f"ffmpeg -v error -nostdin {ONLY} -i file:a -map 0:a:0 -t 3601 -c:a pcm_f32le file:b.w64"
+FFMPEG = f"ffmpeg -v error -nostdin {ONLY} -i file:a -map 0:a:0 -t 3601 -c:a pcm_f32le file:b.caf"
 LONGEST = 3600  # seconds: 40,960 positions hold 54.6 minutes without time markers
 
 
@@ -105,7 +105,7 @@ def decode(file, name: str) -> tuple[Tensor, int]:
             require(not silent, f"{name}: there is no sound in it; expected a file with some")
             message = f"{name}: soundfile and ffmpeg can't read it as a sound: {said[-1]}"
             require(run.returncode == 0, message)
-            return read_mono(Path(folder, "b.w64"), name)
+            return read_mono(Path(folder, "b.caf"), name)
 
 
 def resample(wave: Tensor, rate: int) -> Tensor:
