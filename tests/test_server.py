@@ -287,7 +287,7 @@ def test_log_probabilities_are_off_by_what_two_models_tell():
     with served(TINY, "bfloat16") as url:
         said = asked(url, BELL, "--server-dtype", "bfloat16")
     prompt = load(TINY, "cpu", "float32").prompt(DESCRIBE, BELL)
-    (ids,) = [one.ids for one in SHIPPED if (one.sound, one.prompt) == (BELL, DESCRIBE)]
+    (ids,) = [one.ids for one in SHIPPED if (one.sounds, one.prompt) == ([BELL], DESCRIBE)]
     whole = prompt._replace(ids=torch.cat([prompt.ids, torch.tensor(ids)]))
     exact, near = [
         load(TINY, "cpu", dtype)(whole)[len(prompt.ids) - 1 : -1].log_softmax(-1)
@@ -378,7 +378,7 @@ def test_vllm_serves_the_shipped_checkpoint_and_gives_the_shipped_ids(tmp_path):
     with vllm(tmp_path / "log") as url:
         for shipped in SHIPPED:
             options = ["--prompt", shipped.prompt, "--max-new-tokens", len(shipped.ids)]
-            said = asked(url, shipped.sound, *options)
+            said = asked(url, *shipped.sounds, *options)
             chosen = f"Each of the answer's {len(shipped.ids)} tokens is the model's choice."
             assert said.startswith("The prompt is the model's") and chosen in said
             # vLLM 0.32.0 leaves out the rounding of the log-mel.
