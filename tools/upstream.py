@@ -10,13 +10,11 @@ https://github.com/OpenMOSS/MOSS-Audio.
 import importlib.machinery
 import importlib.util
 import itertools
-import json
 import sys
 import types
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_tensors
 from encoder import require
 from moss_min import DTYPES, Parser, end, read_config
+from parity import read_reference
 
 
 def load_upstream(folder: Path) -> tuple[type, type]:
@@ -41,88 +40,76 @@ def load_upstream(folder: Path) -> tuple[type, type]:
     return model, importlib.import_module("src.processing_moss_audio").MossAudioProcessor
 
 
-class Recorder:
-    """Stages of one pass, caught where they enter or leave upstream's modules. The encoder's keep
-    the padding of their chunks."""
+def record(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Returns what the model's next pass fills: for each stage, caught where it enters or leaves
+    upstream's modules, its chunks of all calls, or what is alone along that axis."""
+    caught = {}
 
-    def __init__(self, model: nn.Module):
-        self.rows = {}  # stage -> chunks, of all batches of them, or what is alone along that axis
-        self.hooks = []
-        encoder = model.audio_encoder
-        decoder = model.language_model
-        self.output(encoder.gelu, "encoder.conv1", "encoder.conv2", "encoder.conv3")
-        self.input(encoder.layers[0], "encoder.stem")
-        for i, layer in enumerate(encoder.layers):
-            self.output(layer, f"encoder.layers.{i}")
-        self.output(encoder, "encoder")
-        self.output(model.audio_adapter, "adapter")
-        for k, merger in enumerate(model.deepstack_audio_merger_list):
-            self.output(merger, f"deepstack.{k}")
-        # What leaves a decoder layer, its DeepStack rows included, is what enters the next module.
-        names = ["inputs_embeds", *[f"decoder.layers.{i}" for i in range(len(decoder.layers))]]
-        for name, module in zip(names, [*decoder.layers, decoder.norm]):
-            self.input(module, name)
-        self.output(decoder.norm, "final_norm")
-
-    def keep(self, name: str, x: Tensor) -> None:
-        self.rows.setdefault(name, []).extend(x.clone())
-
-    def output(self, module: nn.Module, *names: str) -> None:
-        """Records a module's output. Several names take turns, call by call."""
-        turns = itertools.cycle(names)
+    def catch_output(module: nn.Module, *names: str) -> None:
+        turns = itertools.cycle(names)  # several names take turns, call by call
 
         def hook(module, inputs, output) -> None:
-            self.keep(next(turns), output if isinstance(output, Tensor) else output[0])
+            x = output if isinstance(output, Tensor) else output[0]
+            caught.setdefault(next(turns), []).extend(x.clone())
 
-        self.hooks.append(module.register_forward_hook(hook))
+        module.register_forward_hook(hook)
 
-    def input(self, module: nn.Module, name: str) -> None:
+    def catch_input(module: nn.Module, name: str) -> None:
         def hook(module, inputs) -> None:
-            self.keep(name, inputs[0])
+            caught.setdefault(name, []).extend(inputs[0].clone())
 
-        self.hooks.append(module.register_forward_pre_hook(hook))
+        module.register_forward_pre_hook(hook)
 
-    def stages(self) -> dict[str, Tensor]:
-        """Returns the stages, and records no more."""
-        for hook in self.hooks:
-            hook.remove()
-        return {name: pad_sequence(rows, batch_first=True) for name, rows in self.rows.items()}
+    encoder = model.audio_encoder
+    decoder = model.language_model
+    catch_output(encoder.gelu, "encoder.conv1", "encoder.conv2", "encoder.conv3")
+    catch_input(encoder.layers[0], "encoder.stem")
+    for i, layer in enumerate(encoder.layers):
+        catch_output(layer, f"encoder.layers.{i}")
+    catch_output(encoder, "encoder")
+    catch_output(model.audio_adapter, "adapter")
+    for k, merger in enumerate(model.deepstack_audio_merger_list):
+        catch_output(merger, f"deepstack.{k}")
+    # What leaves a decoder layer, its DeepStack rows included, is what enters the next module.
+    names = ["inputs_embeds", *[f"decoder.layers.{i}" for i in range(len(decoder.layers))]]
+    for name, module in zip(names, [*decoder.layers, decoder.norm]):
+        catch_input(module, name)
+    catch_output(decoder.norm, "final_norm")
+    return caught
 
 
 @torch.no_grad()
 def run_upstream(reference: Path, upstream: Path, folder: Path, device: str) -> dict[str, Tensor]:
     """Returns upstream's stages and ids of the run that a reference was dumped from."""
-    with safe_open(reference, "pt") as file:
-        metadata = file.metadata() or {}
-        known = metadata.get("format") == "moss-min parity"
-        require(known, f"{reference} is not what `parity.py dump` writes; expected that")
-        clips = len(json.loads(metadata["sounds"]))
-        stages = {f"waveform.{i}": file.get_tensor(f"waveform.{i}") for i in range(clips)}
-        count = len(file.get_tensor("generated")) if "generated" in set(file.keys()) else 0
+    given = read_reference(reference)
+    metadata = given.metadata
+    stages = {name: x for name, x in given.tensors.items() if name.startswith("waveform.")}
+    waves = [x.numpy() for x in stages.values()]
     model_class, processor_class = load_upstream(upstream)
     config = read_config(folder).adapter
     special = ("audio_token_id", "audio_start_id", "audio_end_id", "enable_time_marker")
     options = {name: getattr(config, name) for name in special}
-    if metadata["time_markers"] != "null":
-        options["enable_time_marker"] = json.loads(metadata["time_markers"])
+    if metadata["time_markers"] is not None:
+        options["enable_time_marker"] = metadata["time_markers"]
     processor = processor_class.from_pretrained(folder, **options)
     model = model_class.from_pretrained(folder, dtype=DTYPES[metadata["dtype"]]).to(device).eval()
 
-    inputs = processor(text=metadata["prompt"], audios=[x.numpy() for x in stages.values()])
-    inputs = inputs.to(device)
-    if clips:
+    inputs = processor(text=metadata["prompt"], audios=waves).to(device)
+    stages["input_ids"] = inputs["input_ids"].int()
+    if waves:
         for i, frames in enumerate(inputs["audio_data_seqlens"].tolist()):
             stages[f"mel.{i}"] = inputs["audio_data"][i, :, :frames]
         inputs["audio_data"] = inputs["audio_data"].to(model.dtype)
         inputs["audio_input_mask"] = inputs["input_ids"] == config.audio_token_id
-    recorder = Recorder(model)
-    logits = model(**inputs).logits.float()
-    stages |= recorder.stages() | {"input_ids": inputs["input_ids"].int(), "logits": logits}
-    if count:
-        options = {"max_new_tokens": count, "do_sample": False, "return_dict_in_generate": True}
-        answer = model.generate(**inputs, **options, output_logits=True)
+    if "generated" in given.tensors:
+        most = {"max_new_tokens": len(given.tensors["generated"]), "do_sample": False}
+        answer = model.generate(**inputs, **most, return_dict_in_generate=True, output_logits=True)
         stages["generated"] = answer.sequences[0, -len(answer.logits) :].int()
         stages["step_logits"] = torch.cat(answer.logits).float()
+    caught = record(model)
+    stages["logits"] = model(**inputs).logits.float()
+    for name, rows in caught.items():
+        stages[name] = pad_sequence(rows, batch_first=True)
     return {name: x.cpu().contiguous() for name, x in stages.items()}
 
 
