@@ -86,14 +86,22 @@ def move_files(part: Path, folder: Path, last: str, old: Iterable[Path] = ()) ->
     os.replace(part / last, folder / last)
 
 
-def read_names(path: str | None) -> dict[str, str]:
-    """Returns the object in a file of --names; an empty one without a file."""
+def read_object(path: Path, form: str) -> dict:
+    """Returns the object in a JSON file. form: what is in it, for messages."""
     try:
-        names = json.loads(Path(path).read_bytes()) if path else {}
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
-    good = isinstance(names, dict) and all(isinstance(ours, str) for ours in names.values())
-    require(good, f'{path}: expected an object, {{"port\'s name": "our name"}}')
+    require(isinstance(value, dict), f"{path}: expected an object, {form}")
+    return value
+
+
+def read_names(path: str | None) -> dict[str, str]:
+    """Returns the object in a file of --names; an empty one without a file."""
+    form = '{"port\'s name": "our name"}'
+    names = read_object(Path(path), form) if path else {}
+    strings = all(isinstance(ours, str) for ours in names.values())
+    require(strings, f"{path}: expected an object, {form}")
     return names
 
 

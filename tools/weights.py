@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import our_name, read_names
+from common import our_name, read_names, read_object
 from encoder import require
 from moss_min import map_shards
 
@@ -36,17 +36,14 @@ class Sums(NamedTuple):
 
 
 def sums(tensor: Tensor) -> Sums:
-    values = 0.0
-    magnitudes = 0.0
-    by_index = 0.0
+    total = torch.zeros(3, dtype=torch.float64)
     start = 0
     for block in tensor.reshape(-1).split(BLOCK):
         x = block.double()
-        values += float(x.sum())
-        magnitudes += float(x.abs().sum())
-        by_index += float(x @ torch.arange(start, start + len(x), dtype=torch.float64))
+        index = torch.arange(start, start + len(x), dtype=torch.float64)
+        total += torch.stack([x.sum(), x.abs().sum(), x @ index])
         start += len(x)
-    return Sums([*tensor.shape], values, magnitudes, by_index)
+    return Sums([*tensor.shape], *total.tolist())
 
 
 def distance(theirs: Sums, ours: Sums) -> float:
@@ -58,17 +55,19 @@ def distance(theirs: Sums, ours: Sums) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
-def what_was_read(theirs: Sums, tensor: Tensor) -> str:
+def what_was_read(theirs: Sums, tensor: Tensor) -> str | None:
     """Returns in words what a port's sums are those of, if not of the tensor."""
-    off = distance(theirs, sums(tensor))
+    ours = sums(tensor)
+    off = distance(theirs, ours)
     if off <= PASSES:
-        return f"it has the shape {theirs.shape}, expected {[*tensor.shape]}"
+        misshaped = f"it has the shape {theirs.shape}, expected {ours.shape}"
+        return None if theirs.shape == ours.shape else misshaped
     for one, other in ((torch.bfloat16, torch.float16), (torch.float16, torch.bfloat16)):
         if tensor.dtype == one and distance(theirs, sums(tensor.view(other))) <= PASSES:
             return f"{one} was read as {other}".replace("torch.", "")
-    if distance(theirs, sums(tensor.flatten(1).T if tensor.ndim > 1 else tensor)) <= PASSES:
+    if tensor.ndim > 1 and distance(theirs, sums(tensor.flatten(1).T)) <= PASSES:
         return "it is transposed: its values are stored column by column"
-    if distance(theirs._replace(by_index=sums(tensor).by_index), sums(tensor)) <= PASSES:
+    if distance(theirs._replace(by_index=ours.by_index), ours) <= PASSES:
         return "its values are the right ones in another order"
     return f"its sums are off by {off:.1e} of the magnitudes"
 
@@ -76,23 +75,26 @@ def what_was_read(theirs: Sums, tensor: Tensor) -> str:
 def read_port(path: Path, map_path: str | None) -> dict[str, Sums]:
     """Returns a port's sums by our names. map_path: the file of --names."""
     names = read_names(map_path)
-    try:
-        entries = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    require(isinstance(entries, dict), f"{path}: expected an object, as --json prints it")
     found = {}
-    for theirs, entry in entries.items():
+    for theirs, entry in read_object(path, "as --json prints it").items():
         name = our_name(theirs, names)
         require(name not in found, f"{path}: two of its tensors are {name}, by --names")
         try:
-            shape = [int(size) for size in entry["shape"]]
-            found[name] = Sums(shape, *[float(entry[key]) for key in Sums._fields[1:]])
-        except (KeyError, TypeError, ValueError) as error:
+            figures = [float(entry[key]) for key in Sums._fields[1:]]
+            found[name] = Sums(list(entry["shape"]), *figures)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             keys = ", ".join(Sums._fields)
             said = f"{path}: {theirs} is {entry!r:.60}; expected an object of {keys}"
             raise ValueError(said) from error
     return found
+
+
+def show(ours: dict[str, Sums]) -> None:
+    form = "{:66} {:16} {:>18} {:>18} {:>18}"
+    print(form.format("tensor", *Sums._fields))
+    for name, entry in ours.items():
+        figures = [f"{x:.11e}" for x in entry[1:]]
+        print(form.format(name, "x".join(map(str, entry.shape)), *figures))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,30 +104,24 @@ def run(args: argparse.Namespace) -> int:
     for shard in map_shards(Path(args.folder)).values():
         tensors |= shard
     if port is not None:
-        return compare(tensors, port, args)
+        return compare(dict(sorted(tensors.items())), port, args)
     ours = {name: sums(tensor) for name, tensor in sorted(tensors.items())}
     if args.json:
         print(json.dumps({name: entry._asdict() for name, entry in ours.items()}, indent=1))
-        return 0
-    form = "{:66} {:16} {:>18} {:>18} {:>18}"
-    print(form.format("tensor", *Sums._fields))
-    for name, entry in ours.items():
-        figures = [f"{x:.11e}" for x in entry[1:]]
-        print(form.format(name, "x".join(map(str, entry.shape)), *figures))
+    else:
+        show(ours)
     return 0
 
 
 def compare(tensors: dict[str, Tensor], port: dict[str, Sums], args: argparse.Namespace) -> int:
-    wrong = {}
-    shared = [name for name in sorted(tensors) if name in port]
-    found = f"none of its {len(port)} tensors ({', '.join([*port][:3])}) has a name of the folder's"
-    require(shared, f"{args.port}: {found}; expected some like {min(tensors)}, or --names")
-    for name in shared:
-        ours = sums(tensors[name])
-        if port[name].shape != ours.shape or distance(port[name], ours) > PASSES:
-            wrong[name] = what_was_read(port[name], tensors[name])
-    missing = [name for name in sorted(tensors) if name not in port]
+    """Prints which of a port's sums are not those of the tensors; returns 1 if some are not."""
+    shared = [name for name in tensors if name in port]
+    missing = [name for name in tensors if name not in port]
     unknown = [name for name in port if name not in tensors]
+    found = f"none of its {len(port)} tensors ({', '.join(unknown[:3])}) has a name of the folder's"
+    require(shared, f"{args.port}: {found}; expected some like {min(tensors)}, or --names")
+    read = {name: what_was_read(port[name], tensors[name]) for name in shared}
+    wrong = {name: means for name, means in read.items() if means}
     if args.json:
         answer = {"equal": not wrong, "compared": len(shared), "differ": wrong}
         print(json.dumps(answer | {"missing": missing, "unknown": unknown}))
