@@ -7,7 +7,7 @@ look wrong. parity.py prints what is found. Shapes: N prompt tokens, n new token
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,22 +65,23 @@ def judge(
     stop_ids: Sequence[int],
     most: int | None,
     logits: torch.Tensor | None = None,
+    show: Callable[[int], str] = str,
 ) -> Judgement:
     """Judges a port's ids, the first of them by the rows [V] that they were taken from.
 
     passes: the gap that rounding may make. stop_ids: none if they are not known. most: how many ids
     an answer without a stop id has; None if that is not known. logits: the port's own, of its
-    prompt, [up to N, V].
+    prompt, [up to N, V]. show: how an id is written.
     """
     gaps = [gap_below_the_largest(token, row.float()) for token, row in zip(ids, rows)]
     near_ties = [k for k, gap in enumerate(gaps) if 0 < gap <= passes]
     too_low = next((k for k, gap in enumerate(gaps) if gap > passes), len(ids) + 1)
     stop = next((k for k, token in enumerate(ids) if token in stop_ids), len(ids))
     if stop + 1 < len(ids) and stop < too_low:
-        why = f"it goes on after {ids[stop]}, which is a stop id"
+        why = f"it goes on after {show(ids[stop])}, which is a stop id"
         return Judgement(math.inf, near_ties, stop + 1, why)
     if too_low < len(ids):
-        why = f"{ids[too_low]}, expected {int(rows[too_low].argmax())}"
+        why = f"{show(ids[too_low])}, expected {show(int(rows[too_low].argmax()))}"
         if math.isfinite(gaps[too_low]):
             why += f", whose logit is larger by {gaps[too_low]:.1e} of its row's largest"
         if too_low == 0 and logits is not None and len(logits) > 1:
@@ -89,7 +90,7 @@ def judge(
                 why += f" ({ids[0]} is the likeliest after position {others[-1]} of the prompt)"
         return Judgement(max(gaps), near_ties, too_low, why)
     if stop_ids and stop == len(ids) and most is not None and len(ids) < most:
-        expected = f"one of {', '.join(map(str, stop_ids))}, or {most} ids"
+        expected = f"one of {', '.join(map(show, stop_ids))}, or {most} ids"
         why = f"it ends after {len(ids)} ids without a stop id; expected {expected}"
         return Judgement(math.inf, near_ties, len(ids), why)
     return Judgement(max(gaps, default=0.0), near_ties)

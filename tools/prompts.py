@@ -7,6 +7,7 @@ is, the number of its clip (from 1, or null) and its text.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -132,23 +133,18 @@ CAUSES = [
 
 
 def find_causes(
-    model: MossAudio, source: Source, fits: Callable[[list[int]], bool], most: int
+    model: MossAudio, source: Source, fits: Callable[[list[int]], bool]
 ) -> list[tuple[Cause, ...]]:
-    """Returns the fewest causes, up to `most`, that together turn a prompt into ids that fit; all
-    such groups of them."""
-    ours = source.ids(model)
+    """Returns each cause that turns a prompt into ids that fit, or else each two causes that do."""
     found = []
-    for count in range(1, most + 1):
-        for causes in itertools.combinations(CAUSES, count):
-            changed = source
-            for cause in causes:
-                changed = cause.change(changed)
-            try:
-                ids = changed.ids(model)
-            except ValueError:  # padded sound may be longer than the context
-                continue
-            if ids != ours and fits(ids):
-                found.append(causes)
-        if found:
+    for causes in [*itertools.combinations(CAUSES, 1), *itertools.combinations(CAUSES, 2)]:
+        if found and len(causes) > len(found[0]):
             break
+        changed = source
+        for cause in causes:
+            changed = cause.change(changed)
+        # Padded sound may be longer than the context.
+        with contextlib.suppress(ValueError):
+            if fits(changed.ids(model)):
+                found.append(causes)
     return found

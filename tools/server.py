@@ -9,17 +9,13 @@ Exit status 0: the server is right; 1: it differs; 2: it can't be asked.
 
 import argparse
 import base64
-import functools
 import http.client
 import io
-import itertools
 import json
 import os
-import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import decoding
 from diagnose import TOLERANCES
 from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_spectrum, require
 from moss_min import MossAudio, Prompt
@@ -41,33 +38,37 @@ class Refused(ValueError):
     """A server's answer with a status of 400 or more."""
 
 
-def fetch(url: str, body: dict | None = None) -> dict:
-    """Returns the JSON object that a server answers. Raises ValueError, or Refused."""
+def fetch(url: str, body: dict | None = None):
+    """Returns the JSON value that a server answers. Raises ValueError, or Refused."""
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=600) as response:
-            answer = json.load(response)
+            return json.load(response)
     except urllib.error.HTTPError as error:
         said = error.read(4000).decode(errors="replace")
-        message = re.search(r'"message": *"((?:[^"\\]|\\.)*)"', said)
-        said = message[1] if message else said
         raise Refused(f"{url} answers with status {error.code}: {said}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise ValueError(f"{url} can't be asked ({error}); expected http://HOST:PORT") from error
-    require(isinstance(answer, dict), f"{url} answers {answer!r:.60}; expected a JSON object")
-    return answer
 
 
-def ask(base: str, name: str, prompt: str, files: list[tuple[bytes, str]], count: int) -> dict:
-    """Asks about sound files, each with its format, and returns a chat completion."""
+def first_model(base: str) -> str:
+    try:
+        return fetch(f"{base}/models")["data"][0]["id"]
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{base}/models names no model; expected one, or --name") from error
+
+
+def ask(base: str, name: str, prompt: str, files: list[tuple[bytes, str]], most: int) -> dict:
+    """Asks about sound files, each with its format, for an answer of up to `most` tokens. Returns a
+    chat completion."""
     content = []
     for data, form in files:
         sound = {"data": base64.b64encode(data).decode(), "format": form}
         content.append({"type": "input_audio", "input_audio": sound})
     content.append({"type": "text", "text": prompt})
     body = {"model": name, "messages": [{"role": "user", "content": content}], "temperature": 0}
-    body |= {"max_tokens": count, "logprobs": True, "top_logprobs": 5}
+    body |= {"max_tokens": most, "logprobs": True, "top_logprobs": 5}
     try:
         return fetch(f"{base}/chat/completions", body | {"return_token_ids": True})
     except Refused:
@@ -87,15 +88,19 @@ class Reply(NamedTuple):
 
     text: str
     ended: bool  # by itself
-    cut: bool  # before it ended, and before it had as many tokens as it may
     prompt_ids: list[int] | None  # None if the server doesn't tell them
     prompt_count: int
     ids: list[int]  # the answer's tokens
     logprobs: list[dict[int, float]]  # for each token, of it and of some others, by id
     untold: int  # how many tokens follow whose ids can't be told
 
+    def has_prompt(self, ids: list[int]) -> bool:
+        """Tells whether these may be the prompt's ids; of untold ones the number has to do."""
+        if self.prompt_ids is None:
+            return self.prompt_count == len(ids)
+        return self.prompt_ids == ids
 
-@functools.cache
+
 def ids_by_text(tokenizer: Tokenizer) -> dict[str, int]:
     """Returns the id of every token but those that are a part of a character: they look alike."""
     texts = {}
@@ -106,52 +111,59 @@ def ids_by_text(tokenizer: Tokenizer) -> dict[str, int]:
     return texts
 
 
-def read_reply(data: dict, model: MossAudio, count: int) -> Reply:
-    """Reads a chat completion of up to `count` tokens. If the server gives no ids, tokens are
-    looked up by their text, and the answer is taken to end before one that isn't found."""
+def read_reply(data: dict, model: MossAudio) -> Reply:
+    """Reads a chat completion. If the server gives no ids, tokens are looked up by their text, and
+    the answer is taken to end before one that isn't found."""
     by_text = ids_by_text(model.tokenizer)
     try:
         choice = data["choices"][0]
         tokens = choice["logprobs"]["content"]
         ids = choice.get("token_ids")
         if ids is None:
-            named = itertools.takewhile(by_text.__contains__, [token["token"] for token in tokens])
-            ids = [by_text[name] for name in named]
-        rows = []
+            ids = [by_text.get(token["token"]) for token in tokens] + [None]
+            ids = ids[: ids.index(None)]
+        logprobs = []
         for i, token in zip(ids, tokens):
-            row = {}
-            for one in token["top_logprobs"]:
-                if one["token"] in by_text:
-                    row[by_text[one["token"]]] = float(one["logprob"])
-            row[i] = float(token["logprob"])
-            rows.append(row)
-        prompt_count = data["usage"]["prompt_tokens"]
-        untold = len(tokens) - len(rows)
-        stopped = choice["finish_reason"] == "stop"
+            row = {i: float(token["logprob"])}
+            for other in token["top_logprobs"]:
+                if other["token"] in by_text:
+                    row.setdefault(by_text[other["token"]], float(other["logprob"]))
+            logprobs.append(row)
+        untold = len(tokens[len(ids) :])
+        ended = choice["finish_reason"] == "stop" and not untold
         text = choice["message"]["content"] or ""
+        prompt_ids = data.get("prompt_token_ids")
+        prompt_count = data["usage"]["prompt_tokens"]
+        every = [*ids, *(prompt_ids or [])]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         said = f"the server answers {data!r:.120} ({error!r})"
         raise ValueError(f"{said}; expected a chat completion with logprobs") from error
     V = model.config.decoder.vocab_size
-    prompt_ids = data.get("prompt_token_ids")
-    for given in (ids, prompt_ids or []):
-        known = all(type(i) is int and 0 <= i < V for i in given)
-        require(known, f"the server's ids are {given!r:.60}; expected whole numbers below {V}")
-    require(ids, "the server gives no ids, and no token's text is a whole one; expected either")
-    ended = stopped and not untold
-    cut = not stopped and len(tokens) < count
-    return Reply(text, ended, cut, prompt_ids, prompt_count, ids, rows, untold)
+    wrong = [i for i in every if not (type(i) is int and 0 <= i < V)]
+    require(not wrong, f"the server gives the ids {wrong!r:.60}; expected whole numbers below {V}")
+    message = "the server gives no ids, and no token's text is a whole one; expected either"
+    require(logprobs, message)
+    return Reply(text, ended, prompt_ids, prompt_count, ids, logprobs, untold)
 
 
 # ---- the answer ----
 
 
+class Question(NamedTuple):
+    """What the model is asked, and a server."""
+
+    model: MossAudio
+    waves: list[Tensor]
+    prompt: Prompt
+    most: int  # tokens of an answer
+    tolerance: float  # of the server's logits
+
+
 class Judgement(NamedTuple):
     """What the model says of an answer, along the answer's own tokens."""
 
-    first: int | None  # the first token that the model would not have chosen
-    best: int  # the model's choice there
-    margin: float  # by which its logit is larger
+    since: int | None  # the first token that is wrong; None: all are right
+    why: str  # what is wrong with it
     off: int | None  # the first token with a log-probability that is off by more than what passes
     largest: float  # the largest difference of a log-probability
     passes: float  # what passes there
@@ -159,61 +171,48 @@ class Judgement(NamedTuple):
 
     @property
     def right(self) -> bool:
-        return self.first is None and self.off is None
+        return self.since is None and self.off is None
 
 
 @torch.no_grad()
-def judge(model: MossAudio, prompt: Prompt, reply: Reply, tolerance: float) -> Judgement:
-    """Holds a reply against the logits of one pass over the prompt and the reply's tokens."""
-    whole = torch.cat([prompt.ids, torch.tensor(reply.ids, dtype=torch.int64)])
-    rows = model(prompt._replace(ids=whole))[len(prompt.ids) - 1 :].cpu()  # [tokens + 1, V]
-    passes = 2 * tolerance * rows.abs().amax(dim=1)  # [tokens + 1]
-    stops = set(model.config.stop_ids)
-    chosen = list(reply.ids)
-    if reply.ended and stops.isdisjoint(chosen):
+def judge(asked: Question, reply: Reply) -> Judgement:
+    """Judges a reply by the logits of one pass over the prompt and the reply's tokens."""
+    prompt = asked.prompt
+    stop_ids = asked.model.config.stop_ids
+    whole = torch.cat([prompt.ids, torch.tensor(reply.ids)])
+    rows = asked.model(prompt._replace(ids=whole))[len(prompt.ids) - 1 :].cpu()  # [tokens + 1, V]
+    ids = reply.ids
+    if reply.ended and not set(ids) & set(stop_ids):
         # The server doesn't show the token that ended the answer.
-        chosen += model.config.stop_ids[:1]
-    first = None
-    best = 0
-    margin = 0.0
-    for k, i in enumerate(chosen):
-        best = int(rows[k].argmax())
-        margin = float(rows[k, best] - rows[k, i])
-        # A smaller margin is a near tie, which rounding decides.
-        if margin > passes[k] or not stops.isdisjoint(chosen[:k]):
-            first = k
-            break
-    differences = [0.0]
-    off = None
-    for k, logprobs in enumerate(reply.logprobs):
-        exact = rows[k].log_softmax(dim=0)
-        differences.append(max(abs(float(exact[i]) - x) for i, x in logprobs.items()))
-        if off is None and not differences[-1] <= passes[k]:
-            off = k
+        ids = [*ids, *stop_ids[:1]]
+    most = None if reply.untold else asked.most
+
+    def show(i: int) -> str:
+        return in_words(asked.model, i)
+
+    found = decoding.judge(ids, rows, 2 * asked.tolerance, stop_ids, most, show=show)
+    passes = 2 * asked.tolerance * rows.abs().amax(dim=1)  # [tokens + 1]
+    differences = []
+    for exact, given in zip(rows.log_softmax(dim=1), reply.logprobs):
+        differences.append(max(abs(float(exact[i]) - x) for i, x in given.items()))
+    # NaN passes nothing.
+    off = next((k for k, x in enumerate(differences) if not x <= passes[k]), None)
     largest = max(differences)
-    worst = max(0, differences.index(largest) - 1)
-    mean = sum(differences) / max(1, len(reply.logprobs))
-    return Judgement(first, best, margin, off, largest, float(passes[worst]), mean)
+    there = float(passes[differences.index(largest)])
+    mean = sum(differences) / len(differences)
+    return Judgement(found.since, found.why, off, largest, there, mean)
 
 
-def describe(model: MossAudio, reply: Reply, judged: Judgement) -> list[str]:
+def describe(reply: Reply, judged: Judgement) -> list[str]:
     """Returns in lines how far an answer is the model's."""
-    k = judged.first
-    if k is None:
-        line = f"Each of the answer's {len(reply.ids)} tokens is the model's choice."
-    elif not set(model.config.stop_ids).isdisjoint(reply.ids[:k]):
-        line = f"Token {k} of the answer comes behind a stop token, which the server missed."
-    else:
-        found = f"is {in_words(model, reply.ids[k])}" if k < len(reply.ids) else "is the end"
-        line = f"Token {k} of the answer {found}; the model's choice is "
-        line += f"{in_words(model, judged.best)}, whose logit is larger by {judged.margin:.2g}."
+    line = f"Each of the answer's {len(reply.ids)} tokens is the model's choice."
+    if judged.since is not None:
+        line = f"The answer is wrong at token {judged.since}: {judged.why}."
     ok = "that passes" if judged.off is None else f"they differ from token {judged.off} on"
     off = f"The log-probabilities are off by {judged.largest:.1e} at most, {judged.mean:.1e} on "
     lines = [line, f"{off}average; {judged.passes:.1e} passes there: {ok}."]
     if reply.untold:
         lines.append(f"The last {reply.untold} tokens were not compared: the server gives no ids.")
-    if reply.cut:
-        lines.append(f"The server cut the answer after {len(reply.logprobs)} tokens.")
     return lines
 
 
@@ -224,47 +223,30 @@ def in_words(model: MossAudio, i: int) -> str:
 # ---- what explains a difference ----
 
 
-class Question(NamedTuple):
-    """What is asked, of the server and of the model."""
-
-    model: MossAudio
-    source: Source
-    waves: list[Tensor]
-    prompt: Prompt
-    tolerance: float
-
-
-def explain_prompt(asked: Question, reply: Reply) -> tuple[list[str], list[str]]:
-    """Returns in lines how a server's prompt is another than the model's, and advice."""
-    ours = asked.prompt.ids.tolist()
-    theirs = reply.prompt_ids
-    count = reply.prompt_count if theirs is None else len(theirs)
-    lines = [f"The prompt is another: {count} ids, expected {len(ours)}."]
-    if theirs is None:
-        groups = find_causes(asked.model, asked.source, lambda ids: len(ids) == count, 2)
-        many = "There are as many if" if groups else "Nothing that is known makes as many."
-        lines.append(f"The server doesn't tell the ids. {many}")
-    else:
-        groups = find_causes(asked.model, asked.source, lambda ids: ids == theirs, 3)[:1]
-        if not groups:
-            lines.append(where_prompts_part(asked, ours, theirs))
+def explain_prompt(model: MossAudio, source: Source, reply: Reply) -> tuple[list[str], list[str]]:
+    """Returns in lines what makes a server's prompt of the model's, and advice."""
+    lines = []
     advice = []
-    for number, causes in enumerate(groups):
-        lines.append(("  or " if number else "  ") + " and ".join(cause.what for cause in causes))
+    for causes in find_causes(model, source, reply.has_prompt):
+        lines.append(f"It is so if {' and '.join(cause.what for cause in causes)}.")
         advice += [cause.advice for cause in causes]
+    if not lines:
+        lines.append("Nothing that servers are known to do makes it so.")
+        if reply.prompt_ids is not None:
+            lines.append(where_prompts_part(model, source.ids(model), reply.prompt_ids))
     return lines, list(dict.fromkeys(advice))
 
 
-def where_prompts_part(asked: Question, ours: list[int], theirs: list[int]) -> str:
-    config = asked.model.config.adapter
+def where_prompts_part(model: MossAudio, ours: list[int], theirs: list[int]) -> str:
     at = len(os.path.commonprefix([ours, theirs]))
-    found = in_words(asked.model, theirs[at]) if at < len(theirs) else "its end"
-    expected = in_words(asked.model, ours[at]) if at < len(ours) else "its end"
-    counts = [ids.count(config.audio_token_id) for ids in (theirs, ours)]
-    said = f"  At position {at} is {found}, expected {expected}."
-    if counts[0] != counts[1]:
-        said += f" It has {counts[0]} audio tokens, expected {counts[1]}: the sound is another, or"
-        said += " was cut, padded or resampled to another length."
+    found = in_words(model, theirs[at]) if at < len(theirs) else "its end"
+    expected = in_words(model, ours[at]) if at < len(ours) else "its end"
+    said = f"At position {at} is {found}, expected {expected}."
+    audio = model.config.adapter.audio_token_id
+    count = theirs.count(audio)
+    if count != ours.count(audio):
+        said += f" It has {count} audio tokens, expected {ours.count(audio)}: the sound is another,"
+        said += " or was cut, padded or resampled to another length."
     return said
 
 
@@ -279,25 +261,21 @@ RESAMPLED = (
 SIXTEEN_BITS = "that is as near as bfloat16 comes; if the server computes in it, say --server-dtype"
 
 
-def explain_answer(asked: Question, reply: Reply, ask_again: Callable[[], Reply]) -> list[str]:
-    """Returns what is known to make an answer to the right prompt differ so. ask_again: asks about
+def explain_answer(asked: Question, reply: Reply, again: Reply) -> list[str]:
+    """Returns what is known to make an answer to the right prompt differ so. again: the reply to
     the same sound in files of one channel at 16 kHz."""
-
-    def right(prompt: Prompt, reply: Reply, tolerance: float = asked.tolerance) -> bool:
-        return judge(asked.model, prompt, reply, tolerance).right
-
     mels = [torch.from_numpy(mel_spectrum(wave.numpy())) for wave in asked.waves]
-    unrounded = asked.prompt._replace(mels=mels)
-    if right(unrounded, reply):
+    unrounded = asked._replace(prompt=asked.prompt._replace(mels=mels))
+    coarse = asked._replace(tolerance=TOLERANCES["bfloat16"].most)
+    if judge(unrounded, reply).right:
         return [UNROUNDED]
-    if asked.waves:
-        other = ask_again()
-        if right(asked.prompt, other):
-            return [RESAMPLED]
-        if right(unrounded, other):
-            return [RESAMPLED, UNROUNDED]
-    coarse = TOLERANCES["bfloat16"].most
-    return [SIXTEEN_BITS] if right(asked.prompt, reply, coarse) else []
+    if judge(asked, again).right:
+        return [RESAMPLED]
+    if judge(unrounded, again).right:
+        return [RESAMPLED, UNROUNDED]
+    if judge(coarse, reply).right:
+        return [SIXTEEN_BITS]
+    return []
 
 
 # ---- the command ----
@@ -310,50 +288,39 @@ def run(args: argparse.Namespace) -> int:
     source = chat(args.prompt, [len(wave) // HOP for wave in waves])
     model = MossAudio.from_pretrained(args.model, args.device, "float32")
     prompt = Prompt(torch.tensor(source.ids(model)), [log_mel(wave) for wave in waves])
-    asked = Question(model, source, waves, prompt, TOLERANCES[args.server_dtype].most)
-    answer = list(model.generate(prompt, args.max_new_tokens, temperature=0))
+    most = args.max_new_tokens
+    asked = Question(model, waves, prompt, most, TOLERANCES[args.server_dtype].most)
+    answer = list(model.generate(prompt, most, temperature=0))
     base = args.url.rstrip("/").removesuffix("/v1") + "/v1"
     name = args.name or first_model(base)
 
-    count = args.max_new_tokens
-
     def reply_to(files: list[tuple[bytes, str]]) -> Reply:
-        return read_reply(ask(base, name, args.prompt, files, count), model, count)
-
-    def ask_again() -> Reply:
-        return reply_to([(as_wav(wave), "wav") for wave in waves])
+        return read_reply(ask(base, name, args.prompt, files, most), model)
 
     reply = reply_to([(Path(path).read_bytes(), Path(path).suffix[1:]) for path in args.audio])
-    judged = judge(model, prompt, reply, asked.tolerance)
-    same = reply.prompt_ids == prompt.ids.tolist()
-    if reply.prompt_ids is None:
-        same = reply.prompt_count == len(prompt.ids)
-    if same:
-        lines = [f"The prompt is the model's: {len(prompt.ids)} ids."]
-        if reply.prompt_ids is None:
-            lines = [
-                f"The server doesn't tell its prompt, but {reply.prompt_count} ids, as expected."
-            ]
-        advice = [] if judged.right else explain_answer(asked, reply, ask_again)
-    else:
-        lines, advice = explain_prompt(asked, reply)
-    print("\n".join([*lines, *describe(model, reply, judged)]))
+    judged = judge(asked, reply)
+    count = len(prompt.ids)
+    same = reply.has_prompt(prompt.ids.tolist())
+    far = ", as far as its length tells" if reply.prompt_ids is None else ""
+    lines = [f"The prompt is the model's{far}: {count} ids."]
+    advice = []
+    if not same:
+        lines, advice = explain_prompt(model, source, reply)
+        lines.insert(0, f"The prompt is another: {reply.prompt_count} ids, expected {count}.")
+    elif not judged.right:
+        again = reply_to([(as_wav(wave), "wav") for wave in waves])
+        advice = explain_answer(asked, reply, again)
+    print("\n".join([*lines, *describe(reply, judged)]))
     for sentence in advice:
         print(f"Advice: {sentence}.")
     print(f"The server answers: {reply.text}")
     print(f"The model answers:  {model.tokenizer.decode(answer)}")
-    if same and judged.right and not reply.cut:
+    if not same:
+        print("The prompt differs.")
+    elif judged.since is not None:
+        print("The answer differs.")
+    elif judged.off is not None:
+        print("The log-probabilities differ.")
+    else:
         print("Equal.")
-        return 0
-    wrong = "log-probabilities differ"
-    if judged.first is not None or reply.cut:
-        wrong = "answer differs"
-    print(f"The {wrong if same else 'prompt differs'}.")
-    return 1
-
-
-def first_model(base: str) -> str:
-    try:
-        return fetch(f"{base}/models")["data"][0]["id"]
-    except (IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"{base}/models names no model; expected one, or --name") from error
+    return int(not (same and judged.right))
