@@ -25,10 +25,10 @@ import soundfile
 import torch
 
 import server
-from adapter import audio_ids
 from conftest import FOLDER, HERE, golden_case, write_clip
-from encoder import HOP, count_tokens, load_audio, log_mel, mel_spectrum
-from moss_min import TINY, MossAudio, Prompt
+from encoder import HOP, load_audio, log_mel, mel_spectrum
+from moss_min import CLIP, SYSTEM, TINY, USER, MossAudio, Prompt
+from prompts import Source
 from test_parity import VARIANT, load, run
 from test_tiny import DESCRIBE, SHIPPED
 
@@ -43,22 +43,18 @@ def one_model_for_all_tests(monkeypatch):
 
 # ---- a server ----
 
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-# What a server may do to the prompt's text about two clips, in which \0 stands for a clip: what is
-# replaced by what, and a word of the advice. Time markers are no part of the text.
+# What a server may do to the text of a prompt about two clips: what is replaced by what, and a word
+# of the advice. Time markers are no part of the text.
+LAST = "<|im_start|>assistant\n"
 EDITS = {
     "the time markers are missing": ("", "", "enable_time_marker"),
-    "the last line end is missing": ("assistant\n", "assistant", "jinja drops"),
+    "the last line end is missing": (LAST, LAST.strip(), "jinja drops"),
     "the system prompt is missing": (SYSTEM, "", "--chat-template"),
-    "<|im_start|>assistant is missing": ("<|im_start|>assistant\n", "", "add_generation_prompt"),
-    "an empty thought is appended": (
-        "assistant\n",
-        "assistant\n<think>\n\n</think>\n\n",
-        "--chat-template",
-    ),
-    "no line end follows the clips": ("\0\n", "\0", "--chat-template"),
-    "a line end stands between clips": ("\0\0", "\0\n\0", "--chat-template"),
-    "no clip is there": ("\0\0\n", "", "as it is"),
+    "<|im_start|>assistant is missing": (LAST, "", "add_generation_prompt"),
+    "an empty thought is appended": (LAST, LAST + "<think>\n\n</think>\n\n", "--chat-template"),
+    "no line end follows the clips": (CLIP + "\n", CLIP, "--chat-template"),
+    "a line end stands between clips": (CLIP + CLIP, f"{CLIP}\n{CLIP}", "--chat-template"),
+    "no clip is there": (CLIP + CLIP + "\n", "", "as it is"),
     "there are two spaces": ("this audio", "this  audio", None),
 }
 
@@ -85,21 +81,14 @@ class Fake(HTTPServer):
         return torch.from_numpy(wave.copy())
 
     def prompt(self, waves: list[torch.Tensor], question: str) -> Prompt:
-        text = SYSTEM + "<|im_start|>user\n" + "\0" * len(waves) + ("\n" if waves else "")
-        text += question + "<|im_end|>\n<|im_start|>assistant\n"
+        clips = CLIP * len(waves) + "\n" if waves else ""
+        text = SYSTEM + USER.format(clips + question)
         for name in EDITS.keys() & set(self.wrong):
             old, new, _ = EDITS[name]
             text = text.replace(old, new)
-        waves = waves[: text.count("\0")]
+        waves = waves[: text.count(CLIP)]
         markers = "the time markers are missing" not in self.wrong
-        config = self.model.config
-        clips = [[]]
-        for wave in waves:
-            tokens = count_tokens(len(wave) // HOP, config.encoder.n_window)
-            clips.append(audio_ids(tokens, config.adapter, markers))
-        ids = []
-        for clip, words in zip(clips, text.split("\0")):
-            ids += clip + self.model.tokenizer.encode(words, add_special_tokens=False).ids
+        ids = Source(text, [len(wave) // HOP for wave in waves], markers).ids(self.model)
         mels = [log_mel(wave) for wave in waves]
         if "does not round the log-mel" in self.wrong:
             mels = [torch.from_numpy(mel_spectrum(wave.numpy())) for wave in waves]
@@ -145,12 +134,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "knows no ids" in self.server.wrong and "return_token_ids" in body:
-            self.send(400, {"error": {"message": "unknown option"}})
-        elif "fails" in self.server.wrong:
-            self.send(500, {"error": {"message": "out of cards"}})
-        elif "says nothing" in self.server.wrong:
-            self.send(200, {"choices": []})
+        knows_no_ids = "knows no ids" in self.server.wrong
+        if "fails" in self.server.wrong or (knows_no_ids and "return_token_ids" in body):
+            self.send(400, {"error": "out of cards"})
         else:
             self.send(200, self.server.complete(body))
 
@@ -229,17 +215,17 @@ def test_sound_that_a_server_brings_to_30_s_is_told(cause, tmp_path):
         assert f" It is so if {cause}. " in asked(url, BELL, clip, "--max-new-tokens", 2)
 
 
-@pytest.mark.parametrize(
-    "wrong, words",
-    [
-        ("there are two spaces", 'At position 190 is " ", expected " audio".'),
-        ("half a second is lost", 'At position 81 is "<|audio_eos|>", expected "<|AUDIO|>".'),
-    ],
-)
-def test_of_another_prompt_that_nothing_known_made_it_is_told_where_it_differs(wrong, words):
+OTHERS = {
+    "there are two spaces": 'from position 190 on (" ", expected " audio", text; ',
+    "half a second is lost": "there are 152 audio tokens, expected 164: the sound is another",
+}
+
+
+@pytest.mark.parametrize("wrong", OTHERS)
+def test_where_another_prompt_differs_is_told_if_nothing_known_made_it(wrong):
     with served(TINY, wrong) as url:
         said = asked(url, BELL, CARDS)
-    assert f"Nothing that servers are known to do makes it so. {words}" in said
+    assert "Nothing that servers are known to do makes it so." in said and OTHERS[wrong] in said
 
 
 def test_of_another_number_of_ids_everything_that_makes_as_many_is_told():
@@ -261,27 +247,29 @@ def test_tokens_behind_a_part_of_a_character_are_left_out_without_ids():
     choice["logprobs"] = {"content": tokens[1:]}
     with pytest.raises(ValueError, match="no token's text is a whole one"):
         server.read_reply(data, model)
+    with pytest.raises(ValueError, match="expected a chat completion with logprobs"):
+        server.read_reply(data | {"choices": []}, model)
 
 
-# What the server does -> what is said of it.
+# What the server does -> what is said of it, and in the last sentence.
 ANSWERS = {
-    "takes another token": 'The answer is wrong at token 3: "if", expected " \\"", whose logit is',
-    "ends early": 'The answer is wrong at token 4: "<|im_end|>", expected',
-    "cuts the answer": "The answer is wrong at token 5: it ends after 5 ids without a stop id",
-    "misses the stop token": 'it goes on after "<|im_end|>", which is a stop id',
-    "does not round the log-mel": "Advice: with a log-mel that is not rounded to bfloat16",
-    "bfloat16": "if the server computes in it, say --server-dtype",
+    "takes another token": ('wrong at token 3: "if", expected " \\"", whose logit is', "answer"),
+    "ends early": ('wrong at token 4: "<|im_end|>", expected', "answer"),
+    "cuts the answer": ("wrong at token 5: it ends after 5 ids without a stop id", "answer"),
+    "misses the stop token": ('it goes on after "<|im_end|>", which is a stop id', "answer"),
+    "does not round the log-mel": ("Advice: with a log-mel that is not", "log-probabilities"),
+    "bfloat16": ("if the server computes in it, say --server-dtype", "log-probabilities"),
 }
 
 
 @pytest.mark.parametrize("wrong", ANSWERS)
 def test_a_server_with_another_answer_is_told_how_it_differs(wrong):
+    words, what = ANSWERS[wrong]
     with served(TINY, wrong) as url:
         said = asked(url, BELL)
-    assert said.startswith("The prompt is the model's: 98 ids. ") and ANSWERS[wrong] in said
-    right = "Each of the answer's" in said
-    assert right == ANSWERS[wrong].startswith(("Advice", "if"))
-    assert said.endswith("The log-probabilities differ." if right else "The answer differs.")
+    assert said.startswith("The prompt is the model's: 98 ids. ") and words in said
+    assert ("Each of the answer's" in said) == (what == "log-probabilities")
+    assert said.endswith(f"The {what} {'differs' if what == 'answer' else 'differ'}.")
 
 
 def test_log_probabilities_are_off_by_what_two_models_tell():
@@ -309,8 +297,7 @@ def test_a_server_that_resamples_in_another_way_is_told_so(tmp_path):
 
 # What the server, or the command line, does -> words of the line on stderr.
 REFUSED = {
-    "fails": 'status 500: {"error": {"message": "out of cards"}}',
-    "says nothing": "expected a chat completion with logprobs",
+    "fails": 'status 400: {"error": "out of cards"}',
     "--server-dtype int8": "--server-dtype is 'int8'",
     "--max-new-tokens 0": "max_new_tokens is 0",
     "--prompt <|audio_bos|><|AUDIO|><|audio_eos|>": "expected text alone",
@@ -346,16 +333,16 @@ def vllm(log: Path, *options: str):
     """Starts vLLM by the documents' command, with more options; yields its address."""
     page = (HERE.parent / "tools" / "README.md").read_text("utf-8").replace("\\\n", "")
     command = next(line for line in page.splitlines() if "python -m vllm" in line)
-    settings, _, arguments = command.partition(" python ")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | dict(setting.split("=") for setting in settings.split())
-    words = [VLLM_PYTHON, *shlex.split(arguments), "--port", str(port), *options]
     url = f"http://127.0.0.1:{port}"
+    command = command.replace(" python ", f" {VLLM_PYTHON} ")
+    line = f"{command} --port {port} {shlex.join(options)}"
     with log.open("w") as file:
-        where = {"cwd": HERE.parent, "env": environment, "stdout": file, "stderr": file}
-        process = subprocess.Popen(words, **where, start_new_session=True)
+        process = subprocess.Popen(
+            line, shell=True, cwd=HERE.parent, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         for _ in range(900):
             assert process.poll() is None, log.read_text()[-3000:]

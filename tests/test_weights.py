@@ -173,13 +173,13 @@ def test_clips_and_markers_are_marked_and_no_weights_are_needed(checkpoint):
     out = run("ids", JFK, TINY / "bell.wav", "--model", checkpoint).out
     # 11 s and 5.6 s are 138 and 70 audio tokens.
     for line in (
-        '      35     306  "<|audio_bos|>", start of clip 1',
+        """      35     306  "<|audio_bos|>", a clip's start, clip 1""",
         "      36     303  audio tokens of clip 1, up to the next line",
-        '     165      16  "1", time marker of clip 1',
-        '     166      15  "0", time marker of clip 1',
+        '     165      16  "1", a time marker, clip 1',
+        '     166      15  "0", a time marker, clip 1',
         "     167     303  audio tokens of clip 1, up to the next line",
-        '     180     307  "<|audio_eos|>", end of clip 1',
-        '     181     306  "<|audio_bos|>", start of clip 2',
+        """     180     307  "<|audio_eos|>", a clip's end, clip 1""",
+        """     181     306  "<|audio_bos|>", a clip's start, clip 2""",
         '     255     198  "\\n"',
     ):
         assert f"\n{line}\n" in out, line

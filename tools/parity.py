@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import struct
 import sys
@@ -134,7 +133,6 @@ def dump(args: argparse.Namespace) -> int:
             answer = {"step_logits": rows, "generated": ids}
             yield from [(name, answer[name]) for name in ANSWER if name in kept]
 
-    config = model.config.adapter
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     metadata = {
         "format": FORMAT,
@@ -145,7 +143,7 @@ def dump(args: argparse.Namespace) -> int:
         "config": digest(Path(args.model, "config.json").read_bytes()),
         "sounds": [digest(wave.numpy().tobytes()) for wave in waves],
         "chunk_tokens": chunk_tokens(chunk_frames(run, *prompt.mels)).tolist(),
-        "audio_ids": [config.audio_token_id, config.audio_start_id, config.audio_end_id],
+        "audio_ids": prompts.special_ids(model),
         "injected": len(run.merger_of_layer),
         "stop_ids": model.config.stop_ids,
         "max_new_tokens": sampling.max_new_tokens,
@@ -503,55 +501,17 @@ def settle(both: Both) -> Both:
 # ---- in words ----
 
 
-def what_ids_are(reference: Reference) -> list[str]:
-    """Returns what each of the reference's prompt's ids is, in words."""
-    audio, begin, end = reference.metadata["audio_ids"]
-    words = []
-    inside = False
-    for i in reference.tensors["input_ids"].tolist():
-        if i == audio:
-            words.append("an audio token")
-        elif i == begin:
-            words.append("a clip's start")
-            inside = True
-        elif i == end:
-            words.append("a clip's end")
-            inside = False
-        else:
-            words.append("a time marker" if inside else "text")
-    return words
+def what_ids_are(reference: Reference) -> list[tuple[str, int]]:
+    """Returns what each id of the reference's prompt is, and the number of its clip."""
+    ids = reference.tensors["input_ids"].tolist()
+    return prompts.what_ids_are(ids, reference.metadata["audio_ids"])
 
 
 def prompt_difference(both: Both) -> tuple[int, str]:
     """Returns where two prompts that differ do so first, and in a sentence what that means."""
     ours = both.reference.tensors["input_ids"].tolist()
     theirs = both.port.tensors["input_ids"].flatten().tolist()
-    words = what_ids_are(both.reference)
-    audio = both.reference.metadata["audio_ids"][0]
-    expected = ours.count(audio)
-    count = theirs.count(audio)
-    at = len(os.path.commonprefix([ours, theirs]))
-    if expected and not count:
-        means = f"there is no audio token, {audio}: the placeholder was read as text"
-    elif count != expected:
-        means = f"there are {count} audio tokens, expected {expected}: the sound is another, or"
-        means += " its log-mel has another length"
-        if count == 375:
-            means += " (375 are 30 s: the sound was padded)"
-    elif theirs == [i for i, word in zip(ours, words) if word != "a time marker"]:
-        means = "the time markers are missing, the seconds in digits after every 25 audio tokens"
-    elif words[at : at + 1] == ["a time marker"]:
-        means = "the time markers are others, the seconds in digits after every 25 audio tokens"
-    else:
-        means = (
-            "the text is another, or its tokens are (the text around a clip is tokenized in parts)"
-        )
-    here = f"{ours[at]}, {words[at]}" if at < len(ours) else "nothing"
-    there = theirs[at] if at < len(theirs) else "nothing"
-    return at, (
-        f"The prompts differ from position {at} on ({there}, expected {here}; {len(theirs)} ids in "
-        f"all, expected {len(ours)}): {means}."
-    )
+    return prompts.where_prompts_part(ours, theirs, both.reference.metadata["audio_ids"])
 
 
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
@@ -590,18 +550,16 @@ def since_when(name: str, since: int, reference: Reference) -> str:
     if unit in ("sample", "frame") and clips > 1:
         said += f", of clip {int(name.rpartition('.')[2]) + 1}"
     if unit == "position":
-        what = what_ids_are(reference)[since]
+        what, clip = what_ids_are(reference)[since]
         said += f", {what}"
-        if clips > 1 and what != "text":
-            begin = reference.metadata["audio_ids"][1]
-            clip = reference.tensors["input_ids"].tolist()[: since + 1].count(begin)
+        if clips > 1 and clip:
             said += f" of clip {clip}"
     return said
 
 
 def is_text_right(reference: Reference, rows: list[Row]) -> bool:
     """Tells whether, in a port with decoder stages alone, nothing differs before the sound."""
-    ids = what_ids_are(reference)
+    ids = [what for what, _ in what_ids_are(reference)]
     first = next((row for row in rows if kind(row.name) != "waveform"), rows[0])
     if KINDS[kind(first.name)].row != "position" or "an audio token" not in ids:
         return False

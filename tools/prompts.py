@@ -10,31 +10,79 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from adapter import AdapterConfig
 from encoder import HOP, load_audio, require
 from moss_min import CLIP, PLACEHOLDER, SYSTEM, USER, MossAudio, load_tokenizer, read_config
 
 
-def what_ids_are(ids: list[int], config: AdapterConfig) -> Iterator[tuple[str, int | None]]:
-    """Yields what each id of a prompt is, and the number of its clip, from 1; None for text."""
-    names = {config.audio_start_id: "start", config.audio_end_id: "end"}
-    names[config.audio_token_id] = "audio token"
+def special_ids(model: MossAudio) -> list[int]:
+    """Returns the ids of an audio token, a clip's start and its end."""
+    config = model.config.adapter
+    return [config.audio_token_id, config.audio_start_id, config.audio_end_id]
+
+
+def what_ids_are(ids: list[int], special: Sequence[int]) -> list[tuple[str, int]]:
+    """Returns what each id of a prompt is, and the number of the clip that it is in, from 1; 0 for
+    text. special: the model's special_ids."""
+    names = ["an audio token", "a clip's start", "a clip's end"]
+    _, start, end = special
+    found = []
     clip = 0
     inside = False
     for i in ids:
-        if i == config.audio_start_id:
+        if i == start:
             clip += 1
             inside = True
-        yield (names.get(i, "time marker"), clip) if inside else ("text", None)
-        inside = inside and i != config.audio_end_id
+        if not inside:
+            found.append(("text", 0))
+        elif i in special:
+            found.append((names[special.index(i)], clip))
+        else:
+            found.append(("a time marker", clip))
+        if i == end:
+            inside = False
+    return found
+
+
+def where_prompts_part(
+    ours: list[int], theirs: list[int], special: Sequence[int], show: Callable[[int], str] = str
+) -> tuple[int, str]:
+    """Returns where two prompts that differ do so first, and in a sentence what that means. show:
+    how an id is written."""
+    words = [what for what, _ in what_ids_are(ours, special)]
+    audio = special[0]
+    expected = ours.count(audio)
+    count = theirs.count(audio)
+    at = len(os.path.commonprefix([ours, theirs]))
+    if expected and not count:
+        means = f"there is no audio token, {audio}: the placeholder was read as text"
+    elif count != expected:
+        means = f"there are {count} audio tokens, expected {expected}: the sound is another, or"
+        means += " its log-mel has another length"
+        if count == 375:
+            means += " (375 are 30 s: the sound was padded)"
+    elif theirs == [i for i, word in zip(ours, words) if word != "a time marker"]:
+        means = "the time markers are missing, the seconds in digits after every 25 audio tokens"
+    elif words[at : at + 1] == ["a time marker"]:
+        means = "the time markers are others, the seconds in digits after every 25 audio tokens"
+    else:
+        means = (
+            "the text is another, or its tokens are (the text around a clip is tokenized in parts)"
+        )
+    here = f"{show(ours[at])}, {words[at]}" if at < len(ours) else "nothing"
+    there = show(theirs[at]) if at < len(theirs) else "nothing"
+    return at, (
+        f"The prompts differ from position {at} on ({there}, expected {here}; {len(theirs)} ids in "
+        f"all, expected {len(ours)}): {means}."
+    )
 
 
 def show_ids(args: argparse.Namespace) -> int:
@@ -45,17 +93,17 @@ def show_ids(args: argparse.Namespace) -> int:
     frames = [len(load_audio(name)) // HOP for name in args.audio]
     ids = model.prompt_ids(args.prompt, frames, args.time_markers)
     tokens = []
-    for i, (what, clip) in zip(ids, what_ids_are(ids, model.config.adapter)):
+    for i, (what, clip) in zip(ids, what_ids_are(ids, special_ids(model))):
         text = model.tokenizer.decode([i], skip_special_tokens=False)
-        tokens.append({"id": i, "what": what, "clip": clip, "text": text})
+        tokens.append({"id": i, "what": what, "clip": clip or None, "text": text})
     if args.json:
         print(json.dumps({"ids": ids, "tokens": tokens}))
         return 0
     print("position      id  text, or what it is")
     for position, token in enumerate(tokens):
         said = json.dumps(token["text"], ensure_ascii=False)
-        said += f", {token['what']} of clip {token['clip']}" if token["clip"] else ""
-        if token["what"] == "audio token":
+        said += f", {token['what']}, clip {token['clip']}" if token["clip"] else ""
+        if token["what"] == "an audio token":
             if ids[position - 1] == token["id"]:
                 continue
             said = f"audio tokens of clip {token['clip']}, up to the next line"

@@ -9,10 +9,10 @@ Exit status 0: the server is right; 1: it differs; 2: it can't be asked.
 
 import argparse
 import base64
+import functools
 import http.client
 import io
 import json
-import os
 import sys
 import urllib.error
 import urllib.request
@@ -29,7 +29,7 @@ import decoding
 from diagnose import TOLERANCES
 from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_spectrum, require
 from moss_min import MossAudio, Prompt
-from prompts import Source, chat, find_causes
+from prompts import Source, chat, find_causes, special_ids, where_prompts_part
 
 # ---- asking ----
 
@@ -186,10 +186,7 @@ def judge(asked: Question, reply: Reply) -> Judgement:
         # The server doesn't show the token that ended the answer.
         ids = [*ids, *stop_ids[:1]]
     most = None if reply.untold else asked.most
-
-    def show(i: int) -> str:
-        return in_words(asked.model, i)
-
+    show = functools.partial(in_words, asked.model)
     found = decoding.judge(ids, rows, 2 * asked.tolerance, stop_ids, most, show=show)
     passes = 2 * asked.tolerance * rows.abs().amax(dim=1)  # [tokens + 1]
     differences = []
@@ -233,21 +230,10 @@ def explain_prompt(model: MossAudio, source: Source, reply: Reply) -> tuple[list
     if not lines:
         lines.append("Nothing that servers are known to do makes it so.")
         if reply.prompt_ids is not None:
-            lines.append(where_prompts_part(model, source.ids(model), reply.prompt_ids))
+            ids = (source.ids(model), reply.prompt_ids)
+            show = functools.partial(in_words, model)
+            lines.append(where_prompts_part(*ids, special_ids(model), show)[1])
     return lines, list(dict.fromkeys(advice))
-
-
-def where_prompts_part(model: MossAudio, ours: list[int], theirs: list[int]) -> str:
-    at = len(os.path.commonprefix([ours, theirs]))
-    found = in_words(model, theirs[at]) if at < len(theirs) else "its end"
-    expected = in_words(model, ours[at]) if at < len(ours) else "its end"
-    said = f"At position {at} is {found}, expected {expected}."
-    audio = model.config.adapter.audio_token_id
-    count = theirs.count(audio)
-    if count != ours.count(audio):
-        said += f" It has {count} audio tokens, expected {ours.count(audio)}: the sound is another,"
-        said += " or was cut, padded or resampled to another length."
-    return said
 
 
 UNROUNDED = (
