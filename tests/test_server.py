@@ -189,22 +189,21 @@ def test_a_right_server_that_knows_no_ids_is_equal():
     assert said.endswith("Equal.")
 
 
-QUICK = ("the time markers are missing", "the last line end is missing")
-SLOW = [
-    pytest.param(cause, marks=pytest.mark.slow)
-    for cause, (*_, advice) in EDITS.items()
-    if advice and cause not in QUICK
-]
+TWO = "the time markers are missing and the last line end is missing"
+SINGLE = [cause for cause, (*_, advice) in EDITS.items() if advice]
 
 
-@pytest.mark.parametrize("cause", [*QUICK, *SLOW])
-def test_what_made_another_prompt_is_told_with_advice(cause):
-    *_, advice = EDITS[cause]
-    with served(TINY, cause) as url:
+@pytest.mark.parametrize(
+    "causes", [TWO, *[pytest.param(cause, marks=pytest.mark.slow) for cause in SINGLE]]
+)
+def test_what_made_another_prompt_is_told_with_advice(causes):
+    with served(TINY, *causes.split(" and ")) as url:
         said = asked(url, BELL, CARDS)
     assert said.startswith("The prompt is another: ") and said.endswith("The prompt differs.")
-    assert f" It is so if {cause}. " in said
-    assert advice in said.partition(" Advice: ")[2]
+    assert f" It is so if {causes}. " in said
+    for cause in causes.split(" and "):
+        *_, advice = EDITS[cause]
+        assert advice in said.partition(" Advice: ")[2]
 
 
 @pytest.mark.slow
