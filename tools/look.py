@@ -10,7 +10,7 @@ K positions, C columns of the page, which are a prompt token each, or several of
 """
 
 import base64
-import difflib
+import html
 import io
 import json
 import math
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from batch import generate_batch
 from common import say, whole, write_text
 from encoder import HOP, SAMPLE_RATE, STRIDE, load_audio, require
 from evaluate import STAMP
@@ -43,7 +44,6 @@ COLOURS = "#fbfaf6 #f5d3a6 #f5a46c #eb714b #d14159 #a02377 #631c7d #2d1961 #0b12
 
 # These bound a page's size. What goes beyond is left out or averaged, and the page says so.
 MOST_TOKENS = 400  # of the answer
-MOST_COLUMNS = 3000  # of the prompt
 MOST_FRAMES = 6000  # columns of the log-mel
 MOST_SAMPLES = 120 * SAMPLE_RATE  # of the player's sound
 HEADS_BYTES = 1_400_000  # attention of all heads
@@ -60,8 +60,8 @@ def layout(frames: list[int], n_window: int) -> list[dict]:
         stop = start + length
         chunks = list(range(start, stop, size))
         padded = chunks[-1] + min(size, max(frames))  # as split_chunks does
-        parts = [range(chunk, min(chunk + size, stop), STRIDE) for chunk in chunks]
-        tokens = [first for part in parts for first in part]
+        starts = [range(chunk, min(chunk + size, stop), STRIDE) for chunk in chunks]
+        tokens = [start for part in starts for start in part]
         clip = {"start": start, "end": stop, "padded": padded, "chunks": chunks, "tokens": tokens}
         clips.append(clip)
         start = padded
@@ -83,85 +83,83 @@ def weights(attention: Attention, x: Tensor, cache: KVCache, rows: Tensor) -> Te
     return scores.float().masked_fill(later, -torch.inf).softmax(-1)
 
 
-def pairs(best) -> list[tuple[int, float]]:
-    """Returns ids and probabilities of what topk or max has found."""
-    return [(i, round(p, 5)) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+def name_of(tokenizer, token: int) -> str:
+    """Returns an id's text, or its name if it is a special token or a part of a character."""
+    text = tokenizer.decode([token]).replace("\ufffd", "")
+    return text or tokenizer.id_to_token(token) or f"id {token}"
+
+
+def pairs(tokenizer, best) -> list[tuple[str, float]]:
+    """Returns names and probabilities of what topk or max has found."""
+    names = [name_of(tokenizer, token) for token in best.indices.tolist()]
+    return [(name, round(share, 5)) for name, share in zip(names, best.values.tolist())]
 
 
 @torch.no_grad()
-def see(model: MossAudio, prompt: Prompt, answer=None, mute=False, whole=True, report=None) -> dict:
-    """Returns what the page tells of one run. answer: ids; None: it is made greedily. mute: leave
-    DeepStack out. whole: keep single heads, if they are not too many. After the answer, one more
-    pass goes over the prompt and it, in which hooks on the model's own modules take notes."""
+def see(model: MossAudio, prompt: Prompt, answer: list[int], by_head=False, report=None) -> dict:
+    """Returns what the page tells of one run. The prompt and its answer pass through the model once
+    more, and hooks on its modules take notes. by_head: keep heads apart, if they aren't many."""
     layers = model.language_model.layers
     mergers = model.deepstack_audio_merger_list
     config = model.config.adapter
     N = len(prompt.ids)
+    size = max(1, len(answer)) * len(layers)
+    by_head = by_head and size * N * model.config.decoder.num_attention_heads <= HEADS_BYTES
+    pool = math.ceil(size * N / LAYERS_BYTES)
+    ids = torch.cat([prompt.ids, torch.tensor(answer[:-1], dtype=torch.int64)])
+    starts = ids == config.audio_start_id
+    kinds = starts.cumsum(0) - (ids == config.audio_end_id).cumsum(0) - starts.long()
+    kinds[ids == config.audio_token_id] = SOUND  # what else is inside of a clip is a marker
+    kinds[N:] = ANSWER
     norms = defaultdict(list)  # of a merger's rows; of what has left a layer, at audio tokens
     states = defaultdict(list)  # what has left a layer, [r, D] of each slice
     seen = defaultdict(list)  # a layer's attention, [H or 1, r, C + 4] of each slice
 
-    def see_rows(merger, args, rows: Tensor) -> Tensor:
-        rows = torch.zeros_like(rows) if mute else rows
+    def see_rows(merger, args, rows: Tensor) -> None:
         norms[merger].append(rows.float().norm(dim=-1).cpu())
-        return rows
 
     def see_layer(layer, args, x: Tensor) -> None:
-        # DeepStack's rows come after the layer, and add nothing to text, like these rows.
-        positions = args[1].positions[0].cpu()
-        states[layer].append(x[0, positions >= N - 1])
+        before, cache = args
+        positions = cache.positions[0].cpu()
+        # DeepStack's rows are not yet in x.
         norms[layer].append(x[0, kinds[positions] == SOUND].float().norm(dim=-1).cpu())
-
-    def see_attention(attention: Attention, args, x: Tensor) -> None:
-        rows = args[1].positions[0] >= N - 1
-        if not rows.any():
-            return  # a slice of the prompt alone
-        found = weights(attention, *args, rows).cpu()  # [H, r, K]
-        found = found if with_heads else found.mean(0, keepdim=True)
-        columns = F.pad(found[:, :, :N], (0, -N % pool)).unflatten(2, (-1, pool)).sum(3)
-        shares = found @ F.one_hot(kinds[: found.shape[2]], 4).float()
-        seen[attention].append(torch.cat([columns, shares], 2))
+        rows = positions >= N - 1  # each chooses a token of the answer
+        if rows.any():
+            found = weights(layer.self_attn, layer.input_layernorm(before), cache, rows).cpu()
+            found = found if by_head else found.mean(0, keepdim=True)
+            columns = F.pad(found[:, :, :N], (0, -N % pool)).unflatten(2, (-1, pool)).sum(3)
+            shares = found @ F.one_hot(kinds[: cache.in_use], 4).float()
+            seen[layer].append(torch.cat([columns, shares], 2))
+            states[layer].append(x[0, rows])
 
     hooks = [merger.register_forward_hook(see_rows) for merger in mergers]
+    hooks += [layer.register_forward_hook(see_layer) for layer in layers]
     try:
-        if answer is None:
-            answer = list(model.generate(prompt, MOST_TOKENS, 0, report=report))
-        norms.clear()
-        size = max(1, len(answer)) * len(layers)
-        with_heads = whole and size * N * model.config.decoder.num_attention_heads <= HEADS_BYTES
-        pool = math.ceil(N / min(MOST_COLUMNS, LAYERS_BYTES // size))
-        ids = torch.cat([prompt.ids, torch.tensor(answer[:-1], dtype=torch.int64)])
-        starts = ids == config.audio_start_id
-        kinds = starts.cumsum(0) - (ids == config.audio_end_id).cumsum(0) - starts.long()
-        kinds[ids == config.audio_token_id] = SOUND  # what else is inside of a clip is a marker
-        kinds[N:] = ANSWER
-        for layer in layers:
-            hooks.append(layer.register_forward_hook(see_layer))
-            hooks.append(layer.self_attn.register_forward_hook(see_attention))
         model.prefill(Prompt(ids, prompt.mels), model.new_cache(1, len(ids)), report)
     finally:
         for hook in hooks:
             hook.remove()
-    attention = torch.stack([torch.cat(seen[layer.self_attn], 1) for layer in layers])
+    attention = torch.stack([torch.cat(seen[layer], 1) for layer in layers])
     attention = attention.permute(2, 0, 1, 3)[: len(answer)]  # [n, L, H or 1, C + 4]
     tokens = []
     for token, state in zip(answer, torch.stack([torch.cat(states[x]) for x in layers], 1)):
         # What each layer would have said: its output through the final norm and lm_head.
         said = model.lm_head(model.language_model.norm(state)).float().softmax(-1)  # [L, V]
-        tokens.append(
-            {"id": token, "rivals": pairs(said[-1].topk(10)), "layers": pairs(said.max(-1))}
-        )
+        rivals = pairs(model.tokenizer, said[-1].topk(10))
+        would_say = pairs(model.tokenizer, said.max(-1))
+        name = name_of(model.tokenizer, token)
+        tokens.append({"id": token, "name": name, "rivals": rivals, "layers": would_say})
+    added = [torch.cat(norms[a]) / torch.cat(norms[b]) for a, b in zip(mergers, layers) if norms[a]]
     return {
         "ids": prompt.ids.tolist(),
+        "names": [name_of(model.tokenizer, token) for token in prompt.ids.tolist()],
         "kinds": kinds[:N].tolist(),
         "tokens": tokens,
         "pool": pool,
         # The square root in 8 bits keeps small weights apart.
         "attention": (attention.sqrt() * 255).round().to(torch.uint8),
         "shape": list(attention.shape),
-        "added": [
-            (torch.cat(norms[a]) / torch.cat(norms[b])).tolist() for a, b in zip(mergers, layers)
-        ],
+        "added": [ratios.tolist() for ratios in added],
     }
 
 
@@ -191,12 +189,6 @@ def words_of(pieces: list[str], clips: list[dict]) -> list[dict]:
     return words
 
 
-def name_of(tokenizer, token: int) -> str:
-    """Returns an id's text, or its name if it is a special token or a part of a character."""
-    text = tokenizer.decode([token]).replace("\ufffd", "")
-    return text or tokenizer.id_to_token(token) or f"id {token}"
-
-
 # ---- the page and the picture ----
 
 
@@ -207,24 +199,25 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     prompt = model.prompt(text, waves, time_markers)
     frames = [mel.shape[1] for mel in prompt.mels]
     laid = layout(frames, model.config.encoder.n_window)
-    shown = None if answer is None else answer[:MOST_TOKENS]
-    runs = {"whole": see(model, prompt, shown, report=report)}
     bare = Prompt(torch.tensor(model.prompt_ids(text, frames, False)), prompt.mels)
-    if len(bare.ids) < len(prompt.ids):
-        runs["no-markers"] = see(model, bare, whole=False, report=report)
-    if len(model.deepstack_audio_merger_list):
-        runs["no-deepstack"] = see(model, prompt, mute=True, whole=False, report=report)
-    used = set()
-    reference = [token["id"] for token in runs["whole"]["tokens"]]
+    mute = Prompt(prompt.ids, list(prompt.mels))
+
+    def leave_out(encoder, args, heard):
+        """Gives a prompt that is to be without DeepStack nothing from inside of the encoder."""
+        return (heard[0], []) if args[0] is mute.mels else heard
+
+    with model.audio_encoder.register_forward_hook(leave_out):
+        given = answer is not None
+        answer = answer if given else list(model.generate(prompt, MOST_TOKENS, 0, report=report))
+        others = dict(generate_batch(model, [bare, mute], MOST_TOKENS, 0, report=report))
+        runs = {
+            "whole": see(model, prompt, answer[:MOST_TOKENS], True, report),
+            "no-markers": see(model, bare, others[0], False, report),
+            "no-deepstack": see(model, mute, others[1], False, report),
+        }
     for run in runs.values():
-        ids = [token["id"] for token in run["tokens"]]
-        run["pieces"] = pieces_of(model.tokenizer, ids)
+        run["pieces"] = pieces_of(model.tokenizer, [token["id"] for token in run["tokens"]])
         run["words"] = words_of(run["pieces"], laid)
-        blocks = difflib.SequenceMatcher(None, reference, ids, False).get_matching_blocks()
-        run["same"] = [i for block in blocks for i in range(block.b, block.b + block.size)]
-        used.update(ids, run["ids"])
-        for token in run["tokens"]:
-            used.update(x[0] for x in token["rivals"] + token["layers"])
     lengths = [clip["padded"] - clip["start"] for clip in laid]
     mels = [F.pad(mel, (0, n - mel.shape[1])) for mel, n in zip(prompt.mels, lengths)]
     mel = torch.cat(mels, 1).float()
@@ -233,23 +226,20 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     mel = (mel - mel.min()) / (mel.max() - mel.min()).clamp(min=1e-9)
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
-    loud = F.max_pool1d(wave.abs()[None], math.ceil(len(wave) / 3000), ceil_mode=True)[0]
-    count = len(reference)
-    ended = reference[-1] in model.config.stop_ids if answer is None else count == len(answer)
+    loud = F.max_pool1d(wave.abs()[None], pool * HOP, ceil_mode=True)[0]
+    cut = len(answer) > MOST_TOKENS or not given and model.is_cut(answer)
     notes = {
-        "All values are stored in 8 bits. Where an idea is left out, heads are averaged.": True,
         "They are averaged in the whole run, too.": runs["whole"]["shape"][2] == 1,
         f"Attention goes to {runs['whole']['pool']} tokens together.": runs["whole"]["pool"] > 1,
         f"A column of the log-mel is the mean of {pool} frames.": pool > 1,
         "The player has the first two minutes.": len(wave) > MOST_SAMPLES,
-        f"Of the answer only {count} tokens are shown.": not ended,
-        "The whole run's answer was given; the others are greedy.": answer is not None,
+        f"Of the answer only {MOST_TOKENS} tokens are shown.": cut,
+        "The whole run's answer was given; the others are greedy.": given,
     }
     return {
         "prompt": text,
         "clips": laid,
         "clip_names": list(names) or [f"clip {i + 1}" for i in range(len(laid))],
-        "names": {token: name_of(model.tokenizer, token) for token in used},
         "layers": model.config.decoder.num_hidden_layers,
         "heads": model.config.decoder.num_attention_heads,
         "taps": model.config.encoder.deepstack_encoder_layer_indexes,
@@ -257,6 +247,7 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
         "runs": runs,
         "loud": (loud / loud.max().clamp(min=1e-9) * 255).to(torch.uint8),
         "mel": (255 * mel).round().to(torch.uint8),
+        "columns": mel.shape[1],
         "wave": wave,
         "notes": [sentence for sentence, holds in notes.items() if holds],
     }
@@ -277,10 +268,12 @@ def page(
     file = io.BytesIO()
     soundfile.write(file, data.pop("wave")[:MOST_SAMPLES].numpy(), SAMPLE_RATE, format="WAV")
     data["sound"] = packed(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
-    data["source"] = source and source.rstrip("/")
     # No text can end the block: "<" is in it only as an escape, like all that is not ASCII.
     block = json.dumps(data, default=packed).replace("<", "\\u003c")
-    return TEMPLATE.read_text("utf-8").replace("null", block, 1)
+    text = TEMPLATE.read_text("utf-8")
+    if source:
+        text = text.replace('data-file="', f'href="{html.escape(source.rstrip("/"))}/')
+    return text.replace("null", block, 1)
 
 
 def picture(path: str, model, clips, prompt, report=None) -> None:
@@ -310,22 +303,21 @@ def picture(path: str, model, clips, prompt, report=None) -> None:
     mel.set(yticks=[], ylabel="log-mel")
     columns = []  # of the audio tokens
     markers = defaultdict(str)
-    for position, (token, kind) in enumerate(zip(run["ids"], run["kinds"])):
+    for position, (name, kind) in enumerate(zip(run["names"], run["kinds"])):
         if kind == SOUND:
             columns.append(position // run["pool"])
         elif kind == MARKER:
-            markers[edges[len(columns)]] += data["names"][token]
+            markers[edges[len(columns)]] += name
     strip.vlines(edges, 0, 1, "0.6", lw=0.6)
     for second, digits in markers.items():
         strip.text(second, 0.3, digits, color="w", ha="center", bbox={"facecolor": "teal"})
     strip.set(ylim=(0, 1), yticks=[], ylabel="prompt")
     weights = (run["attention"].float() / 255).square().mean((1, 2))[:, columns]  # [n, A]
     drawn = answer.pcolormesh(edges, range(len(weights) + 1), weights.numpy(), cmap=colours)
-    answer.set_yticks([word["tokens"][0] + 0.5 for word in run["words"]])
-    answer.set_yticklabels([word["text"] for word in run["words"]])
+    places = [word["tokens"][0] + 0.5 for word in run["words"]]
+    answer.set_yticks(places, [word["text"] for word in run["words"]])
     answer.set(ylim=(len(weights), 0), ylabel="answer, token by token", xlabel="seconds")
     figure.colorbar(drawn, ax=answer, label="attention", pad=0.01)
-    figure.align_ylabels()
     with whole(Path(path)) as part:
         figure.savefig(part, dpi=80, format="png")
 
@@ -341,8 +333,6 @@ def run(argv: list[str] | None) -> None:
     add("--source", metavar="URL", help="where the page's links to the code lead")
     add_model_options(parser)
     args = parser.parse_args(argv)
-    is_address = (args.source or "https://").startswith(("https://", "http://"))
-    require(is_address, f"--source is {args.source!r:.60}; expected an address, https://...")
     if args.out is None and args.png is None:
         args.out = "look.html"
     waves = [load_audio(name) for name in args.audio]
@@ -351,9 +341,9 @@ def run(argv: list[str] | None) -> None:
     if args.png:
         picture(args.png, model, waves, args.prompt, say)
     if args.out:
-        html = page(model, waves, args.prompt, names=names, source=args.source, report=say)
-        write_text(html, Path(args.out))
-        say(f"{args.out}: {len(html) / 1e6:.2f} MB")
+        text = page(model, waves, args.prompt, names=names, source=args.source, report=say)
+        write_text(text, Path(args.out))
+        say(f"{args.out}: {len(text) / 1e6:.2f} MB")
 
 
 def main(argv: list[str] | None = None) -> int:
