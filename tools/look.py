@@ -207,8 +207,8 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
         return (heard[0], []) if args[0] is mute.mels else heard
 
     with model.audio_encoder.register_forward_hook(leave_out):
-        given = answer is not None
-        answer = answer if given else list(model.generate(prompt, MOST_TOKENS, 0, report=report))
+        if answer is None:
+            answer = list(model.generate(prompt, MOST_TOKENS, 0, report=report))
         others = dict(generate_batch(model, [bare, mute], MOST_TOKENS, 0, report=report))
         runs = {
             "whole": see(model, prompt, answer[:MOST_TOKENS], True, report),
@@ -227,15 +227,11 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
     loud = F.max_pool1d(wave.abs()[None], pool * HOP, ceil_mode=True)[0]
-    cut = len(answer) > MOST_TOKENS or not given and model.is_cut(answer)
-    notes = {
-        "They are averaged in the whole run, too.": runs["whole"]["shape"][2] == 1,
-        f"Attention goes to {runs['whole']['pool']} tokens together.": runs["whole"]["pool"] > 1,
-        f"A column of the log-mel is the mean of {pool} frames.": pool > 1,
-        "The player has the first two minutes.": len(wave) > MOST_SAMPLES,
-        f"Of the answer only {MOST_TOKENS} tokens are shown.": cut,
-        "The whole run's answer was given; the others are greedy.": given,
-    }
+    by_head = runs["whole"]["shape"][2] > 1
+    averaged = f"{pool} frames of the log-mel and {runs['whole']['pool']} tokens of the prompt"
+    note = f"Values have 8 bits. A column is the mean of {averaged}. Heads are averaged"
+    note += " in the runs that leave something out." if by_head else "."
+    note += f" Shown are at most {MOST_TOKENS} tokens of an answer and two minutes in the player."
     return {
         "prompt": text,
         "clips": laid,
@@ -249,7 +245,7 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
         "mel": (255 * mel).round().to(torch.uint8),
         "columns": mel.shape[1],
         "wave": wave,
-        "notes": [sentence for sentence, holds in notes.items() if holds],
+        "note": note,
     }
 
 
@@ -323,27 +319,25 @@ def picture(path: str, model, clips, prompt, report=None) -> None:
 
 
 def run(argv: list[str] | None) -> None:
-    """Writes a page, a picture or both."""
+    """Writes a page or a picture."""
     parser = Parser("look.py", __doc__.partition("\n\nThe page")[0])
     add = parser.add_argument
     add("audio", nargs="+", metavar="CLIP", help="the clips of one prompt")
     add("--prompt", default=ASK, metavar="TEXT", help=f"what to ask ({ASK})")
-    add("-o", dest="out", metavar="FILE", help="the page (look.html, unless --png is given)")
-    add("--png", metavar="FILE", help="write a picture; needs matplotlib")
+    add("-o", dest="out", default="look.html", metavar="FILE", help="the page (look.html)")
+    add("--png", metavar="FILE", help="write a picture instead; needs matplotlib")
     add("--source", metavar="URL", help="where the page's links to the code lead")
     add_model_options(parser)
     args = parser.parse_args(argv)
-    if args.out is None and args.png is None:
-        args.out = "look.html"
     waves = [load_audio(name) for name in args.audio]
     names = [Path(name).name for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, say)
     if args.png:
         picture(args.png, model, waves, args.prompt, say)
-    if args.out:
-        text = page(model, waves, args.prompt, names=names, source=args.source, report=say)
-        write_text(text, Path(args.out))
-        say(f"{args.out}: {len(text) / 1e6:.2f} MB")
+        return
+    text = page(model, waves, args.prompt, names=names, source=args.source, report=say)
+    write_text(text, Path(args.out))
+    say(f"{args.out}: {len(text) / 1e6:.2f} MB")
 
 
 def main(argv: list[str] | None = None) -> int:
