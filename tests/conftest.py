@@ -1,5 +1,6 @@
 """What the tests share: upstream's figures (golden/README.md), models, measures, an option."""
 
+import contextlib
 import functools
 import json
 import os
@@ -123,6 +124,30 @@ def complaint(capfd):
         return err
 
     return complaint
+
+
+# ---- a browser ----
+
+
+@contextlib.contextmanager
+def browse(address: str, **options):
+    """A page of a browser, opened at an address with playwright's options. It may say nothing on
+    the console, and fetch nothing but from there."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs chromium")
+    names = ["chromium", "google-chrome"]
+    chromium = next(filter(None, map(shutil.which, names)), None) or pytest.skip("needs chromium")
+    told = []
+    with playwright.sync_playwright() as started:
+        arguments = {"executable_path": chromium, "args": ["--no-sandbox"]}
+        page = started.chromium.launch(**arguments).new_page(**options)
+        page.set_default_timeout(120_000)
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.on("request", lambda request: told.append(request.url))
+        page.goto(address)
+        yield page
+    allowed = (address.partition("#")[0], "blob:")
+    assert [line for line in told if not line.startswith(allowed)] == []
 
 
 # ---- a folder to be spoilt ----

@@ -192,7 +192,7 @@ def words_of(pieces: list[str], clips: list[dict]) -> list[dict]:
 # ---- the page and the picture ----
 
 
-def gather(model, clips, text, answer=None, time_markers=True, names=(), report=None) -> dict:
+def gather(model, clips, text, answer=None, time_markers=True, report=None) -> dict:
     """Returns what a page shows; see page."""
     waves = [load_audio(clip) for clip in clips]
     require(waves, "no sound; expected at least one clip to look at")
@@ -227,15 +227,16 @@ def gather(model, clips, text, answer=None, time_markers=True, names=(), report=
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
     loud = F.max_pool1d(wave.abs()[None], pool * HOP, ceil_mode=True)[0]
-    by_head = runs["whole"]["shape"][2] > 1
-    averaged = f"{pool} frames of the log-mel and {runs['whole']['pool']} tokens of the prompt"
-    note = f"Values have 8 bits. A column is the mean of {averaged}. Heads are averaged"
-    note += " in the runs that leave something out." if by_head else "."
-    note += f" Shown are at most {MOST_TOKENS} tokens of an answer and two minutes in the player."
+    heads = "in the other runs" if runs["whole"]["shape"][2] > 1 else "in all runs"
+    note = (
+        f"Shown are at most {MOST_TOKENS} tokens of an answer and two minutes in the player, as 8"
+    )
+    note += f"-bit values. Heads are averaged {heads}. Averaged to a column: frames of the log-mel:"
+    note += f" {pool}; tokens of the prompt: {runs['whole']['pool']}."
     return {
         "prompt": text,
         "clips": laid,
-        "clip_names": list(names) or [f"clip {i + 1}" for i in range(len(laid))],
+        "names": [Path(clip).name for clip in clips if isinstance(clip, (str, Path))],
         "layers": model.config.decoder.num_hidden_layers,
         "heads": model.config.decoder.num_attention_heads,
         "taps": model.config.encoder.deepstack_encoder_layer_indexes,
@@ -254,13 +255,11 @@ def packed(tensor: Tensor) -> str:
     return base64.b64encode(zlib.compress(tensor.numpy().tobytes())).decode()
 
 
-def page(
-    model, clips, prompt, answer=None, time_markers=True, names=(), source=None, report=None
-) -> str:
+def page(model, clips, prompt, answer=None, time_markers=True, source=None, report=None) -> str:
     """Returns the whole HTML page of an answer to a prompt about clips, as MossAudio.prompt takes
-    them. answer: ids, which may have been drawn; None: it is made greedily. names: the clips'.
-    source: the address under which the modules can be read. Raises ValueError, as prompt does."""
-    data = gather(model, clips, prompt, answer, time_markers, names, report)
+    them. answer: ids, which may have been drawn; None: it is made greedily. source: the address
+    under which the modules can be read. Raises ValueError, as prompt does."""
+    data = gather(model, clips, prompt, answer, time_markers, report)
     file = io.BytesIO()
     soundfile.write(file, data.pop("wave")[:MOST_SAMPLES].numpy(), SAMPLE_RATE, format="WAV")
     data["sound"] = packed(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
@@ -298,7 +297,7 @@ def picture(path: str, model, clips, prompt, report=None) -> None:
     mel.imshow(data["mel"].numpy(), colours, aspect="auto", origin="lower", extent=extent)
     mel.set(yticks=[], ylabel="log-mel")
     columns = []  # of the audio tokens
-    markers = defaultdict(str)
+    markers = defaultdict(str)  # by their second
     for position, (name, kind) in enumerate(zip(run["names"], run["kinds"])):
         if kind == SOUND:
             columns.append(position // run["pool"])
@@ -329,13 +328,11 @@ def run(argv: list[str] | None) -> None:
     add("--source", metavar="URL", help="where the page's links to the code lead")
     add_model_options(parser)
     args = parser.parse_args(argv)
-    waves = [load_audio(name) for name in args.audio]
-    names = [Path(name).name for name in args.audio]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, say)
     if args.png:
-        picture(args.png, model, waves, args.prompt, say)
+        picture(args.png, model, args.audio, args.prompt, say)
         return
-    text = page(model, waves, args.prompt, names=names, source=args.source, report=say)
+    text = page(model, args.audio, args.prompt, source=args.source, report=say)
     write_text(text, Path(args.out))
     say(f"{args.out}: {len(text) / 1e6:.2f} MB")
 
