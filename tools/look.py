@@ -60,8 +60,7 @@ def layout(frames: list[int], n_window: int) -> list[dict]:
         stop = start + length
         chunks = list(range(start, stop, size))
         padded = chunks[-1] + min(size, max(frames))  # as split_chunks does
-        starts = [range(chunk, min(chunk + size, stop), STRIDE) for chunk in chunks]
-        tokens = [start for part in starts for start in part]
+        tokens = [t for chunk in chunks for t in range(chunk, min(chunk + size, stop), STRIDE)]
         clip = {"start": start, "end": stop, "padded": padded, "chunks": chunks, "tokens": tokens}
         clips.append(clip)
         start = padded
