@@ -8,8 +8,8 @@ this audio." if there is none, and the id is the line's number, from 1. The answ
 "text"} in the manifest's order, with "cut": true where there was no room for more tokens, or {"id",
 "error"} for a clip that can't be read, is too long, or takes too much memory by itself. Answers
 that --out holds are kept: the same command continues a run that was killed, which loses its last
-batch. Line n draws with seed + n, whatever its batch. (In bfloat16 a batch may change an id: a
-product of several rows is rounded differently from one's.)
+batch. Line n draws with seed + n, whatever its batch. (In bfloat16 a batch may change an id:
+a matrix product rounds several rows differently from one.)
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
 are any, on one machine or on several that share the folder of --out. Each process writes a part,

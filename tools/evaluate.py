@@ -17,7 +17,7 @@ aas_ms   of lines whose reference has stamps, [0.48]turn[0.80][0.80]left[1.12]: 
          alignment. A text's times are the stamps right before and after it: the first word has
          its start, the last its end. A time that either side lacks is not counted. Of all shortest
          alignments it is the one with the most matched words, then times, then the least shift.
-matched  what part of those references' stamped words is matched with stamped ones.
+matched  the share of those references' stamped words that are matched with stamped words.
 accuracy how many questions have the reference's words. Here stamps are words: times must be equal.
 """
 

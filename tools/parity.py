@@ -8,7 +8,7 @@ dump writes every stage of one greedy run. PORT holds a port's stages of the sam
 a .safetensors, an .npz, or a folder of .npy. compare says where it first differs; diagnose repeats
 the run with known mistakes made until the port's numbers come out. Both exit with 0 if the two are
 equal, 1 if they differ, and 2, with a line on stderr, if the input can't be used. tools/README.md
-tells when weights and ids help, which come first, and server, which comes last.
+explains the others: weights and ids, which come before these three, and server, which comes after.
 """
 
 import argparse
@@ -173,12 +173,10 @@ def opened(run: Run, wanted: str | None) -> frozenset[str]:
 
 def warn_of_blind_spots(frames: list[int]) -> None:
     """Says of clips of so many mel frames that some mistakes would change nothing in them."""
-    if max(frames) < 400:
-        say("no clip is longer than 4 s: mistakes about chunks would change nothing")
+    if max(frames) <= 400:
+        say("no clip is longer than 4 s, so mistakes about chunks change nothing")
     if all(count % 400 % STRIDE == 0 for count in frames):
-        say(
-            "every clip is a whole number of tokens: a tail that is not padded would change nothing"
-        )
+        say("every clip is a multiple of 80 ms, so the mistake tail-not-padded changes nothing")
 
 
 def chosen(names: list[str], globs: list[str]) -> list[str]:
