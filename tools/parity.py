@@ -176,7 +176,7 @@ def warn_of_blind_spots(frames: list[int]) -> None:
     if max(frames) <= 400:
         say("no clip is longer than 4 s, so mistakes about chunks change nothing")
     if all(count % 400 % STRIDE == 0 for count in frames):
-        say("every clip is a multiple of 80 ms, so the mistake tail-not-padded changes nothing")
+        say("every clip is a multiple of 80 ms, so a tail that is not padded changes nothing")
 
 
 def chosen(names: list[str], globs: list[str]) -> list[str]:
