@@ -13,6 +13,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from common import (
 from compose import DESCRIBE, PLAIN, SOUNDS, STAMPS, WORDS
 from encoder import HOP, SAMPLE_RATE, count_tokens, log_mel, mel_spectrum, require
 from evaluate import edit_distance, score
-from moss_min import MossAudio, Parser, end, load_tokenizer, pick_device
+from moss_min import TINY, MossAudio, Parser, end, load_tokenizer, pick_device
 from train import IGNORE, learned_ids, save_checkpoint
 from voices import ENGINES, Bank, Clip, Heard, make_bank, retime
 
@@ -134,6 +135,9 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
         text = json.dumps(data, indent=indent, ensure_ascii=False)
         write_text(text + "\n", folder / f"{name}.json")
     write_text("\n".join(["#version: 0.2", *merges]) + "\n", folder / "merges.txt")
+    # For servers.
+    for name in ("configuration_moss_audio.py", "chat_template.jinja"):
+        shutil.copyfile(TINY / name, folder / name)
 
 
 # ---- stages ----
