@@ -100,9 +100,10 @@ def decode(file, name: str) -> tuple[Tensor, int]:
             with open(Path(folder, "a"), "wb") as copy:
                 shutil.copyfileobj(file, copy)
             run = subprocess.run(FFMPEG.split(), cwd=folder, capture_output=True)
-            said = run.stderr.decode(errors="replace").strip().splitlines() or ["no sound"]
-            silent = "matches no streams" in run.stderr.decode(errors="replace")
+            stderr = run.stderr.decode(errors="replace").replace("file:a: ", "")
+            silent = "matches no streams" in stderr
             require(not silent, f"{name}: there is no sound in it; expected a file with some")
+            said = stderr.strip().splitlines() or ["no sound"]
             message = f"{name}: soundfile and ffmpeg can't read it as a sound: {said[-1]}"
             require(run.returncode == 0, message)
             return read_mono(Path(folder, "b.caf"), name)

@@ -877,7 +877,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         if name == "server":
             add("url", metavar="URL", help="http://localhost:8000, with or without /v1")
         add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
-        add("--model", required=True, metavar="FOLDER", help="checkpoint folder")
+        add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (that in tiny/)")
         question = "Describe this audio."
         add("--prompt", default=question, metavar="TEXT", help="what to ask (%(default)s)")
         if name == "ids":
