@@ -226,12 +226,12 @@ def gather(model, clips, text, answer=None, time_markers=True, report=None) -> d
     waves = [F.pad(wave, (0, n * HOP - len(wave))) for wave, n in zip(waves, lengths)]
     wave = torch.cat(waves)
     loud = F.max_pool1d(wave.abs()[None], pool * HOP, ceil_mode=True)[0]
-    heads = "in the other runs" if runs["whole"]["shape"][2] > 1 else "in all runs"
-    note = (
-        f"Shown are at most {MOST_TOKENS} tokens of an answer and two minutes in the player, as 8"
-    )
-    note += f"-bit values. Heads are averaged {heads}. Averaged to a column: frames of the log-mel:"
-    note += f" {pool}; tokens of the prompt: {runs['whole']['pool']}."
+    averaged = "in the other runs" if runs["whole"]["shape"][2] > 1 else "in all runs"
+    note = [
+        f"Shown are at most {MOST_TOKENS} tokens of an answer, as 8-bit values.",
+        f"The player has two minutes at most. Heads are averaged {averaged}. A column averages",
+        f"{pool} frames of the log-mel and {runs['whole']['pool']} tokens of the prompt.",
+    ]
     return {
         "prompt": text,
         "clips": laid,
@@ -245,7 +245,7 @@ def gather(model, clips, text, answer=None, time_markers=True, report=None) -> d
         "mel": (255 * mel).round().to(torch.uint8),
         "columns": mel.shape[1],
         "wave": wave,
-        "note": note,
+        "note": " ".join(note),
     }
 
 
