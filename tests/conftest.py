@@ -211,3 +211,8 @@ def numbers_from(program: str, *arguments) -> list[int]:
     environment = os.environ | {"PYTHONPATH": path}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
     return [int(word) for word in run.stdout.split()]
+
+
+def slow(*values) -> list:
+    """Returns values for parametrize whose tests are slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import port
-from conftest import assert_close
+from conftest import assert_close, slow
 from decoding import judge
 from moss_min import TINY, Prompt
 from test_parity import (
@@ -124,7 +124,7 @@ def test_a_mistake_of_the_prompt_is_found_beside_its_steps(mistake, subset):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", ["golden", *slow("variant", "tiny")])
 def test_a_mistake_of_decoding_is_found_from_the_second_row_on(folder, mistake):
     stages = answered(mistake, folder=FOLDERS[folder])
     assert found(stages, FOLDERS[folder]) == ("step_logits", 1)
@@ -134,7 +134,7 @@ def test_a_mistake_of_decoding_is_found_from_the_second_row_on(folder, mistake):
     assert answer["after"] < 3e-6 < 1e-3 < answer["before"]
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES[:2], *slow(*MISTAKES[2:])])
 def test_a_mistake_of_decoding_is_named_from_ids_that_differ(mistake):
     ids = answer_of(answered(mistake, folder=VARIANT, count=40), "generated")
     of = reference(checkpoint=VARIANT)
@@ -188,6 +188,7 @@ def test_one_other_id_is_wrong_also_where_nothing_else_is_written(other):
     assert found({"generated": ids}) == ("generated", 7)
 
 
+@pytest.mark.slow
 def test_two_mistakes_are_not_looked_for_in_ids_alone():
     both = answered("decode-first-place-lost", "decode-without-itself", folder=VARIANT, count=40)
     answer = diagnosed(answer_of(both, "generated"), reference(checkpoint=VARIANT), VARIANT)

@@ -160,7 +160,7 @@ def test_what_is_too_much_is_averaged_and_the_page_says_so(monkeypatch):
     assert run["shape"] == [5, 4, 1, -(-len(run["ids"]) // 2) + 4] and run["pool"] == 2
     assert len(zlib.decompress(base64.b64decode(data["mel"]))) == 128 * 100
     assert len(zlib.decompress(base64.b64decode(data["sound"]))) == 44 + 2 * 1000
-    for said in ("at most 5 tokens", "in all runs", "log-mel: 3;", "prompt: 2."):
+    for said in ("at most 5 tokens", "in all runs", " 3 frames", "and 2 tokens"):
         assert said in data["note"]
 
 

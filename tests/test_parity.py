@@ -588,9 +588,15 @@ def test_a_dump_has_the_inside_of_the_layers_that_are_asked_for():
     assert compared(ported(inside=LAYERS), of=reference(inside=LAYERS), model=None)["equal"]
 
 
-@pytest.mark.parametrize(
-    "mistake, stage", [(name, stage) for stage, names in FIRST_INSIDE.items() for name in names]
-)
+QUICK_INSIDE = ("no-v-bias", "padding-attended", "qk-norms-swapped", "query-heads-modulo")
+INSIDE = []
+for stage, names in FIRST_INSIDE.items():
+    for name in names:
+        marks = [] if name in QUICK_INSIDE else pytest.mark.slow
+        INSIDE.append(pytest.param(name, stage, marks=marks))
+
+
+@pytest.mark.parametrize("mistake, stage", INSIDE)
 def test_a_mistake_is_found_inside_a_layer(mistake, stage):
     stages = ported(mistake, inside=LAYERS)
     assert first_wrong(stages, reference(inside=LAYERS)) == stage
