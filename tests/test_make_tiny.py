@@ -370,7 +370,7 @@ def test_training_that_is_stopped_goes_on_as_if_it_had_not(run_train, tmp_path, 
 @pytest.mark.parametrize("other", ["--no-time-markers", "--no-deepstack", "--seed=1"])
 def test_going_on_with_other_options_is_refused(other, run_train, tmp_path, capsys):
     (tmp_path / "training").mkdir()
-    run = {"markers": True, "deepstack": True, "seed": 0}
+    run = {"markers": True, "deepstack": True, "seed": 0, "step": 0}
     make_tiny.save_state(tmp_path / "training" / "state.safetensors", {}, run)
     assert run_train(tmp_path, other) == 2
     assert "a run with another" in capsys.readouterr().err

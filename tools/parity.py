@@ -244,6 +244,11 @@ def read_reference(path: Path) -> Reference:
                 metadata[key] = json.loads(metadata[key])
         good = all(type(metadata[key]) is list for key in LISTS) and len(metadata["audio_ids"]) == 3
         good = good and metadata["dtype"] in TOLERANCES and 0 <= metadata["injected"] < 1000
+        good = good and metadata["time_markers"] in (None, False, True)
+        good = good and {"prompt", "config"} <= metadata.keys()
+        stops = metadata.get("stop_ids", [])
+        good = good and type(stops) is list and all(type(token) is int for token in stops)
+        good = good and type(metadata.get("max_new_tokens", 1)) is int
         require(good, "a value of another kind than dump writes")
         for name in metadata["axes"]:
             axes = KINDS[kind(name)].axes.split(", ")
