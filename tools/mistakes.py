@@ -595,12 +595,11 @@ def rope_interleaved(run):
     """RoPE turns pairs of neighbours, (2i, 2i + 1). Right: dimension i with i + head_dim / 2, at
     the same rate (qwen3.py, apply_rope)."""
 
+    turn = qwen3.apply_rope
+
     def turn_neighbours(x, cos, sin):
-        half = x.shape[-1] // 2
-        cos = cos[..., :half].repeat_interleave(2, dim=-1)
-        sin = sin[..., :half].repeat_interleave(2, dim=-1)
-        rotated = torch.stack([-x[..., 1::2], x[..., 0::2]], dim=-1).flatten(-2)
-        return x * cos + rotated * sin
+        halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
+        return torch.stack(turn(halves, cos, sin).chunk(2, dim=-1), dim=-1).flatten(-2)
 
     run.swap(qwen3, "apply_rope", turn_neighbours)
 

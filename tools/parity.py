@@ -617,12 +617,14 @@ MISREAD = """The weights look misread: most stages are off by more than their ow
 def weights_look_misread(rows: list[Row]) -> bool:
     """Tells whether three quarters of the stages with weights are off by more than their scale.
 
-    Weights read in another type make all of them so, and from another place four fifths. Of the
-    known mistakes none comes to half of them.
+    Weights read in another type make all of them so, and from another place four fifths.
     """
     weighted = [row for row in rows if kind(row.name) not in WITHOUT_WEIGHTS]
     far = [row for row in weighted if row.plain.where is not None and row.plain.max_rel > 1]
-    return len(weighted) > 2 and 4 * len(far) >= 3 * len(weighted)
+    if len(weighted) < 3 or 4 * len(far) < 3 * len(weighted):
+        return False
+    # Of the known mistakes, sinusoids-interleaved comes to so many, too, but for the convolutions.
+    return weighted[0].plain.max_rel > 0.1
 
 
 def is_another_sound(row: Row) -> bool:
