@@ -27,8 +27,9 @@ STRIDE = 8  # mel frames in an audio token: three convolutions of stride 2
 # ffmpeg may open these formats alone: none of them leads on to another file or address.
 CONTAINERS = "aac,ac3,aiff,amr,ape,asf,au,avi,caf,eac3,flac,flv,matroska,mov,mp3,mpeg,mpegts,ogg"
 ONLY = f"-protocol_whitelist file -format_whitelist {CONTAINERS},tta,w64,wav,wv"
-FFMPEG = f"ffmpeg -v error -nostdin {ONLY} -i file:a -map 0:a:0 -t 3601 -c:a pcm_f32le file:b.caf"
 LONGEST = 3600  # seconds: 40,960 positions hold 54.6 minutes without time markers
+READ = f"ffmpeg -v error -nostdin {ONLY} -i file:a -map 0:a:0 -t {LONGEST + 1}"
+FFMPEG = f"{READ} -c:a pcm_f32le file:b.caf"
 
 
 def require(good: bool, sentence: str) -> None:
@@ -66,6 +67,9 @@ def load_audio(source) -> Tensor:
 
 def read_mono(source, name: str) -> tuple[Tensor, int]:
     """Returns a sound's samples, float32 [samples], averaged over its channels, and its rate."""
+    # soundfile believes a name that ends in .raw, and reads no header.
+    if isinstance(source, io.BufferedReader):
+        source.raw.name = "sound"
     with soundfile.SoundFile(source) as file:
         # Else soundfile seeks after each block, and the next of an MP3 file is not what it was.
         file.seekable = lambda: False
@@ -90,7 +94,7 @@ def decode(file, name: str) -> tuple[Tensor, int]:
     file.seek(0)
     try:
         return read_mono(file, name)
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError if it is called x.raw
+    except soundfile.SoundFileError as error:
         said = getattr(error, "error_string", error)  # str(error) has an address in memory
         found = shutil.which("ffmpeg") is not None
         require(found, f"{name}: {said} For other formats an ffmpeg on the PATH is needed")

@@ -130,8 +130,9 @@ def read_config(folder: Path) -> MossConfig:
     require(layers <= 512, f"config.json has {layers} layers or taps; expected at most 512")
     ids = (adapter.audio_token_id, adapter.audio_start_id, adapter.audio_end_id)
     known = f"audio_token_id, audio_start_id and audio_end_id are {ids}, eos_token_id {stop_ids}"
-    apart = max(*ids, *stop_ids) < decoder.vocab_size and len({*ids, *DIGIT_IDS}) == 13
-    require(apart, f"{known}; expected below vocab_size, audio ids of their own and no digit's")
+    apart = len({*ids, *DIGIT_IDS}) == len(ids) + len(DIGIT_IDS)
+    good = apart and max(*ids, *stop_ids) < decoder.vocab_size
+    require(good, f"{known}; expected below vocab_size, audio ids of their own and no digit's")
     encoder = replace(encoder, deepstack_encoder_layer_indexes=taps[: counts[0]])
     return MossConfig(encoder, adapter, decoder, stop_ids)
 
@@ -151,7 +152,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if (folder / "tokenizer.json").exists():
             # The vocabulary alone is taken: tokenizers may panic at what else is in a bad file.
             data = read_json(folder / "tokenizer.json")
+            require_fixed(data, "tokenizer.json", normalizer={"type": "NFC"})
             bpe = data["model"]
+            affixes = bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")
+            require(not affixes, f"model: a prefix or suffix of pieces, {affixes!r:.60}")
             require_fixed(bpe, "model", type="BPE", dropout=None, ignore_merges=False)
             pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
             require_fixed(pattern, "pre_tokenizer", Regex=PIECE)

@@ -598,6 +598,7 @@ def rope_interleaved(run):
     turn = qwen3.apply_rope
 
     def turn_neighbours(x, cos, sin):
+        # Even and odd dimensions become the halves that `turn` pairs, and go back to their places.
         halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
         return torch.stack(turn(halves, cos, sin).chunk(2, dim=-1), dim=-1).flatten(-2)
 
