@@ -221,9 +221,8 @@ def load_state(path: Path, run: dict, like=()) -> tuple[dict[str, torch.Tensor],
     tensors = load_file(path)
     for name, tensor in dict(like).items():
         good = name in tensors and tensors[name].shape == tensor.shape
-        require(
-            good, f"{path}: {name} is missing or has another shape; expected it as it was saved"
-        )
+        found = f"{path}: {name} is missing or has another shape"
+        require(good, f"{found}; expected it as it was saved")
     return tensors, saved
 
 

@@ -107,8 +107,9 @@ def see(model: MossAudio, prompt: Prompt, answer: list[int], by_head=False, repo
     pool = math.ceil(size * N / LAYERS_BYTES)
     ids = torch.cat([prompt.ids, torch.tensor(answer[:-1], dtype=torch.int64)])
     starts = ids == config.audio_start_id
+    # 0, which is TEXT, outside of a clip, and 1, which is MARKER, behind its start.
     kinds = starts.cumsum(0) - (ids == config.audio_end_id).cumsum(0) - starts.long()
-    kinds[ids == config.audio_token_id] = SOUND  # what else is inside of a clip is a marker
+    kinds[ids == config.audio_token_id] = SOUND
     kinds[N:] = ANSWER
     norms = defaultdict(list)  # of a merger's rows; of what has left a layer, at audio tokens
     states = defaultdict(list)  # what has left a layer, [r, D] of each slice
