@@ -24,7 +24,7 @@ def refusal(capsys, reference, port) -> str:
     capsys.readouterr()
     assert parity.main(["compare", str(reference), str(port)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("parity.py: ") and err.count("\n") == 1
+    assert out == "" and err.startswith("parity: ") and err.count("\n") == 1
     return err
 
 

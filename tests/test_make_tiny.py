@@ -22,7 +22,7 @@ from compose import BELL, PLAIN, STAMPS, WORDS
 from conftest import QWEN3_TOKENIZER
 from encoder import log_mel
 from make_tiny import Lesson
-from moss_min import MossAudio, load_tokenizer
+from moss_min import TINY, MossAudio, load_tokenizer
 from voices import Bank, Engine, Heard, Speech
 
 RATE = 16_000
@@ -344,6 +344,19 @@ def test_the_averaged_weights_are_the_checkpoints(run_train, folder, tmp_path, m
     average = MossAudio.from_pretrained(tmp_path, device="cpu").state_dict()
     for name, tensor in random_model(folder, 0).state_dict().items():
         torch.testing.assert_close(average[name], tensor.bfloat16().float(), rtol=0, atol=0)
+
+
+def test_training_goes_on_from_a_checkpoint_and_keeps_its_shape(run_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tiny, "AVERAGING", 0.0)
+    assert run_train(tmp_path, "--steps", "1", "--start", str(TINY)) == 0
+    # An average to which no step adds is what training began with.
+    for name in ("model.safetensors", "config.json", "vocab.json"):
+        assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_a_checkpoint_to_start_from_decides_on_the_two_ideas(run_train, tmp_path, capsys):
+    assert run_train(tmp_path, "--start", str(TINY), "--no-deepstack") == 2
+    assert "the checkpoint decides" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -766,4 +766,4 @@ def test_what_cannot_be_used_is_one_clear_line_and_status_2(tmp_path, monkeypatc
     for line, words in REFUSED.items():
         got = run(*[names.get(word, word) for word in line.split()])
         assert (got.status, got.out) == (2, ""), line
-        assert re.fullmatch(rf"parity.py: .*{re.escape(words)}.*\n", got.err), got.err
+        assert re.fullmatch(rf"parity: .*{re.escape(words)}.*\n", got.err), got.err

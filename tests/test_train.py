@@ -90,7 +90,7 @@ def refusal(capsys, argv: list[str]) -> str:
     capsys.readouterr()
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("train.py: ")
+    assert out == "" and err.count("\n") == 1 and err.startswith("train: ")
     return err
 
 
@@ -530,7 +530,7 @@ def test_a_state_stays_whole_when_writing_the_next_one_fails(data, tmp_path, mon
     monkeypatch.setattr(common, "save_file", failing_save(1))
     argv = "--steps", 2, "--batch", 1, "--save-every", 1
     assert main(arguments(data, tmp_path, *argv)) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "train.py: no space left"
+    assert capsys.readouterr().err.splitlines()[-1] == "train: no space left"
     with safe_open(tmp_path / "training" / "state.safetensors", "pt") as file:
         assert json.loads(file.metadata()["run"])["step"] == 1
 
@@ -656,7 +656,7 @@ def test_a_bad_line_is_named_before_the_first_step(kind, small, capsys):
     bad, expected = BAD[kind]
     Path("bad.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(bad)}\n{json.dumps(GOOD)}")
     said = refusal(capsys, ["--model", "small", "--data", "bad.jsonl", "--out", "out"])
-    assert said.startswith("train.py: bad.jsonl: 1 bad lines: line 3: ") and expected in said
+    assert said.startswith("train: bad.jsonl: 1 bad lines: line 3: ") and expected in said
     assert not Path("out").exists()
 
 

@@ -58,4 +58,4 @@ def test_what_is_not_upstreams_repository_is_one_line_and_status_2(tmp_path, cap
     run("dump", "--prompt", "Hi", "-o", reference, "--model", TINY)
     command = [sys.executable, TOOL, reference, "--upstream", GOLDEN, "--model", TINY, "-o", "x"]
     assert subprocess.run(command).returncode == 2
-    assert f"upstream.py: {GOLDEN} has no src" in capfd.readouterr().err
+    assert f"upstream: {GOLDEN} has no src" in capfd.readouterr().err

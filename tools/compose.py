@@ -136,18 +136,21 @@ LONG_SHARES = (0, 0.6, 0.4)
 
 
 def part_words(phrase: Clip, rng: np.random.Generator) -> Clip:
-    """Puts gaps between a phrase's words."""
+    """Puts gaps between a phrase's words; in a third of them, words come again, in any order."""
     parts = []
     words = []
     at = 0
     longest = rng.choice([0.4, 0.8, 1.6])
-    for word in phrase.heard:
+    order = phrase.heard
+    if rng.random() < 0.33:
+        order = [order[i] for i in rng.integers(len(order), size=rng.integers(2, 9))]
+    for word in order:
         first = max(0, int((word.start - 0.02) * SAMPLE_RATE))
         piece = phrase.wave[first : int((word.end + 0.02) * SAMPLE_RATE)].copy()
         edge = np.linspace(0, 1, min(160, len(piece) // 2), dtype=np.float32)
         piece[: len(edge)] *= edge
         piece[len(piece) - len(edge) :] *= edge[::-1]
-        gap = np.zeros(int(rng.uniform(0.08, longest) * SAMPLE_RATE), np.float32)
+        gap = np.zeros(int(rng.uniform(0.04, longest) * SAMPLE_RATE), np.float32)
         parts += [piece, gap]
         words += retime([word], later=(at - first) / SAMPLE_RATE)
         at += len(piece) + len(gap)

@@ -140,6 +140,16 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
         shutil.copyfile(TINY / name, folder / name)
 
 
+def copy_folder(source: Path, folder: Path) -> MossAudio:
+    """Copies a checkpoint but for its weights and sounds, and returns its model, to be trained."""
+    model = MossAudio.from_pretrained(source, "cpu", "float32")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt", ".py", ".jinja"):
+            shutil.copyfile(path, folder / path.name)
+    return model.requires_grad_(True)
+
+
 # ---- stages ----
 class Stage(NamedTuple):
     """A part of the training: steps first to end - 1, at a rate that stays at its peak for half of
@@ -160,6 +170,11 @@ class Stage(NamedTuple):
 
 
 def make_stages(args: argparse.Namespace) -> list[Stage]:
+    if args.start:
+        whole = args.markers and args.deepstack
+        require(whole, "--start: the checkpoint decides on time markers and DeepStack")
+        args.alone = 0
+        return [Stage(1, 0, args.steps, 1e-3, 0)]
     require(0 < args.alone < args.steps, "expected --alone to be above 0 and below --steps")
     alone = Stage(0, 0, args.alone, 2.5e-3, 0.1)
     return [alone, Stage(1, args.alone, args.steps, 2e-3, 0)]
@@ -456,8 +471,11 @@ class Training:
         self.folder = args.out / "training" / "folder"
         self.state = args.out / "training" / "state.safetensors"
         self.run = {name: getattr(args, name) for name in ("markers", "deepstack", "seed")}
-        write_folder(self.folder, args.markers, args.deepstack)
-        self.model = random_model(self.folder, args.seed)
+        if args.start:
+            self.model = copy_folder(args.start, self.folder)
+        else:
+            write_folder(self.folder, args.markers, args.deepstack)
+            self.model = random_model(self.folder, args.seed)
         width = self.model.config.encoder.output_dim
         ctc = nn.Linear(width, 1 + len(NAMES))
         frames = nn.Linear(width, 1 + 3 * len(NAMES))
@@ -624,6 +642,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = commands.add_parser("train", help="train and save").add_argument
     add("bank", type=Path, metavar="BANK")
     add("out", type=Path, metavar="OUT")
+    about = "a checkpoint of this shape to go on from, without steps of the encoder alone"
+    add("--start", type=Path, metavar="FOLDER", help=about)
     add("--alone", type=int, default=3000, metavar="N", help="steps of the encoder alone (3000)")
     add("--steps", type=int, default=11_300, metavar="N", help="steps in all (%(default)s)")
     add("--seconds", type=float, default=100, metavar="X", help="sound in a step (%(default)s)")

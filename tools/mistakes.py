@@ -765,7 +765,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.parse_args(argv)
         parser.print_help()
 
-    return end("mistakes.py", run)
+    return end("mistakes", run)
 
 
 if __name__ == "__main__":

@@ -901,7 +901,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return end("parity.py", lambda: run_command(argv))
+    return end("parity", lambda: run_command(argv))
 
 
 def run_command(argv: list[str] | None) -> int:

@@ -473,7 +473,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return end("train.py", lambda: run(parse(argv)))
+    return end("train", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return end("upstream.py", lambda: run(argv))
+    return end("upstream", lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ ENGINES = {
     "espeak": Engine(espeak, "steph", 7000, 1.0),
     "flite": Engine(flite, "rms", 4800, 1.0),
     "festival": Engine(festival, "ked", 2500, 0.6),
-    "kokoro": Engine(kokoro, "jf_nezumi", 400, 1.2),
+    "kokoro": Engine(kokoro, "jf_nezumi", 1000, 1.2),
     "piper": Engine(piper, "", 1000, 0.8),
 }
 
