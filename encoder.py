@@ -292,8 +292,8 @@ class AudioEncoder(nn.Module):
         # Positions begin at 0 in every chunk; made in float32, they are rounded to x's type.
         return x + sinusoids(x.shape[1], x.shape[2]).to(x)
 
-    def forward(self, mels: list[Tensor], report=None) -> tuple[Tensor, list[Tensor]]:
-        """Takes the log-mels [128, T] of a prompt's clips to the output and the taps, [A, E] each.
+    def forward(self, mels: list[Tensor], report=None) -> list[Tensor]:
+        """Takes the log-mels [128, T] of a prompt's clips to its output and its taps, [A, E] each.
         A counts all clips' tokens, one clip after another. Chunks are rows of a batch: nothing
         crosses from one to the next. report, if given, is called with a line after each batch but
         a lone one."""
@@ -314,5 +314,4 @@ class AudioEncoder(nn.Module):
             parts.append([output, *[taps[i] for i in indexes]])
             if report and len(chunks) > self.chunks_at_a_time:
                 report(f"encoding: {tokens[:end].sum() / 12.5:.0f} of {tokens.sum() / 12.5:.0f} s")
-        output, *taps = [torch.cat(rows) for rows in zip(*parts)]
-        return output, taps
+        return [torch.cat(rows) for rows in zip(*parts)]

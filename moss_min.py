@@ -353,10 +353,7 @@ class MossAudio(nn.Module):
 
     def hear(self, mels: list[Tensor], report=None) -> list[Tensor]:
         """Returns the encoder's rows for all clips' tokens: its output, its taps, [A, E] each."""
-        if not mels:
-            return []
-        output, taps = self.audio_encoder(mels, report)
-        return [output, *taps]
+        return self.audio_encoder(mels, report) if mels else []
 
     def decode(self, ids: Tensor, positions: Tensor, cache: KVCache, in_use: int, sound=()):
         """Takes ids [B, n] and hear's rows for the audio tokens in them to hidden states [B, n, D].

@@ -52,7 +52,7 @@ def stages_of(model, prompt) -> dict[str, torch.Tensor]:
     seen = {}  # stage -> [rows, width] of each batch
 
     def keep(name, x):
-        x = x[0] if isinstance(x, tuple) else x
+        x = x[0] if isinstance(x, (tuple, list)) else x
         seen.setdefault(name, []).append(x.flatten(0, -2))
 
     with contextlib.ExitStack() as hooks:

@@ -59,8 +59,8 @@ def test_at_most_8_chunks_are_encoded_at_a_time_and_no_more_than_conv_chunksize(
     encoder = small_encoder(conv_chunksize=conv_chunksize)
     seen = []
     encoder.conv1.register_forward_pre_hook(lambda conv, args: seen.append(len(args[0])))
-    output, taps = encoder([mel_of(12 * CHUNK), mel_of(8 * CHUNK)])
-    assert seen == batches and len(output) == len(taps[0]) == 20 * 50
+    output, tap = encoder([mel_of(12 * CHUNK), mel_of(8 * CHUNK)])
+    assert seen == batches and len(output) == len(tap) == 20 * 50
 
 
 ENCODE = """

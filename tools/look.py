@@ -204,7 +204,7 @@ def gather(model, clips, text, answer=None, time_markers=True, report=None) -> d
 
     def leave_out(encoder, args, heard):
         """Gives a prompt that is to be without DeepStack nothing from inside of the encoder."""
-        return (heard[0], []) if args[0] is mute.mels else heard
+        return heard[:1] if args[0] is mute.mels else heard
 
     with model.audio_encoder.register_forward_hook(leave_out):
         if answer is None:
