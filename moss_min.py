@@ -225,11 +225,6 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"device {name!r} can't be used {said}") from error
 
 
-def fast_bfloat16() -> bool:
-    """Tells whether this CPU has instructions for products in bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 # ---- prompt and model ----
 
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"  # a clip's placeholder
@@ -276,7 +271,7 @@ class MossAudio(nn.Module):
         vocab = tokenizer.get_vocab()
         lacking = {"<|im_end|>", *pre_tokenizers.ByteLevel.alphabet()} - vocab.keys()
         require(not lacking, f"{folder}: the tokenizer lacks {sorted(lacking)[:3]}")
-        largest = max(vocab.values(), default=0)
+        largest = max(vocab.values())
         V = config.decoder.vocab_size
         require(largest < V, f"{folder}: the tokenizer has id {largest}; expected below {V}")
         with torch.device("meta"):  # shapes without memory
@@ -290,8 +285,9 @@ class MossAudio(nn.Module):
         kind = DTYPES.get(dtype, stored["lm_head.weight"].dtype)
         if dtype == "auto" and device.type == "cpu":
             kind = torch.float32
-        slow = device.type == "cpu" and kind == torch.bfloat16 and not fast_bfloat16()
-        if report and slow:
+        mkldnn = torch.backends.mkldnn.is_available()
+        fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if report and device.type == "cpu" and kind == torch.bfloat16 and not fast:
             report("this CPU has no bfloat16 instructions: float32 is many times faster")
         if device.type == "cuda" and kind == torch.float32:
             # TF32 keeps ten bits of a factor: that is not float32.
@@ -435,8 +431,7 @@ class MossAudio(nn.Module):
         cache = self.new_cache(1, N + min(sampling.max_new_tokens, 1024))  # it grows if need be
         prefill = functools.partial(self.prefill, prompt, cache, report)
         step = Step(self, cache, [N], cuda_graph)
-        ids = prompt.ids.tolist()
-        picker = Picker(sampling, self.tokenizer, ids, self.lm_head.weight.device)
+        picker = Picker(sampling, self.tokenizer, prompt.ids.tolist(), self.lm_head.weight.device)
         return generate(prefill, step, picker, self.config.stop_ids)
 
     def ask(
