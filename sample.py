@@ -18,13 +18,6 @@ THOUGHT_IS_OVER = (
 )
 
 
-def check(name: str, value, kind: type, low: float, high: float, expected: str) -> None:
-    """Raises ValueError unless value is a number of that kind from low to high, which NaN isn't."""
-    is_number = isinstance(value, kind) and not isinstance(value, bool)
-    if not (is_number and low <= value <= high):
-        raise ValueError(f"{name} is {value!r:.60}; expected {expected}")
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How to generate. Raises ValueError for a value out of range."""
@@ -38,18 +31,22 @@ class Sampling:
 
     def __post_init__(self):
         whole = "a whole number from 0 up"
-        positive = "a whole number from 1"
         coldest = 0 if self.temperature == 0 else 1e-6
-        warmth = "0 (greedy), or a number from 1e-6 to 1e6"
-        if self.max_new_tokens is not None:
-            check("max_new_tokens", self.max_new_tokens, Integral, 1, math.inf, positive)
-        check("temperature", self.temperature, Real, coldest, 1e6, warmth)
-        check("top_p", self.top_p, Real, math.nextafter(0, 1), 1, "a number above 0 and up to 1")
-        check("top_k", self.top_k, Integral, 0, math.inf, whole)
-        if self.seed is not None:
-            check("seed", self.seed, Integral, -(2**63), 2**64 - 1, "a whole number of 64 bits")
-        if self.thinking_budget is not None:
-            check("thinking_budget", self.thinking_budget, Integral, 0, math.inf, whole)
+        self.check("max_new_tokens", Integral, 1, math.inf, "a whole number from 1")
+        self.check("temperature", Real, coldest, 1e6, "0 (greedy), or a number from 1e-6 to 1e6")
+        self.check("top_p", Real, math.nextafter(0, 1), 1, "a number above 0 and up to 1")
+        self.check("top_k", Integral, 0, math.inf, whole)
+        self.check("seed", Integral, -(2**63), 2**64 - 1, "a whole number of 64 bits")
+        self.check("thinking_budget", Integral, 0, math.inf, whole)
+
+    def check(self, name: str, kind: type, low: float, high: float, expected: str) -> None:
+        """Raises ValueError unless a field has its default, which may be None, or is a number of
+        that kind from low to high, which NaN isn't."""
+        value = getattr(self, name)
+        is_default = value is getattr(Sampling, name)
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not (is_default or (is_number and low <= value <= high)):
+            raise ValueError(f"{name} is {value!r:.60}; expected {expected}")
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
