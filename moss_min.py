@@ -549,13 +549,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--no-cuda-graph", dest="cuda_graph", action="store_false", help="on CUDA: plain steps")
 
 
-def sampling_options(args: argparse.Namespace) -> dict:
-    """Returns generate's arguments among the options. Raises ValueError for one out of range."""
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """Returns what the options say of sampling. Raises ValueError for one out of range."""
     options = {field.name: getattr(args, field.name) for field in fields(Sampling)}
     if args.temperature is None:
         options["temperature"] = 1.0
-    Sampling(**options)
-    return options | {"cuda_graph": args.cuda_graph}
+    return Sampling(**options)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -634,7 +633,7 @@ def run(argv: list[str] | None) -> None:
         if args.temperature is None and (args.top_p, args.top_k, args.seed) == (1.0, 50, None):
             args.temperature = 0  # the demonstration is the same each time
     text = "Describe this audio." if args.prompt is None else args.prompt
-    options = sampling_options(args)  # what is wrong with them is said before anything is loaded
+    sampling = read_sampling(args)  # what is wrong with them is said before anything is loaded
     waves = [load_audio(sys.stdin.buffer if name == "-" else name) for name in names]
     model = MossAudio.from_pretrained(args.model, args.device, args.dtype, report)
     times = [time.perf_counter()]
@@ -643,6 +642,7 @@ def run(argv: list[str] | None) -> None:
         report(f"{name}: {mel.shape[1] / 100:.2f} s")
     report(f"prompt: {len(prompt.ids)} tokens")
     ids = []
+    options = vars(sampling) | {"cuda_graph": args.cuda_graph}
     generated = model.generate(prompt, **options, report=report)
 
     def timed() -> Iterator[int]:

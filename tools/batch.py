@@ -335,9 +335,7 @@ def run(args: argparse.Namespace) -> None:
             say(line)
 
     # What is wrong with the options, the last line's seed too, is said before anything is loaded.
-    options = moss_min.sampling_options(args)
-    del options["cuda_graph"]
-    args.sampling = Sampling(**options)
+    args.sampling = moss_min.read_sampling(args)
     require(args.batch > 0, f"--batch is {args.batch}; expected a whole number from 1 up")
     lines = read_manifest(args.manifest)
     shift_seed(args.sampling, max(line.number for line in lines.values()))
