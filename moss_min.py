@@ -77,7 +77,7 @@ def read_fields(config_class: type, data: dict, where: str):
     return config_class(**values)
 
 
-def require_fixed(data: dict, where: str, **values) -> None:
+def expect(data: dict, where: str, **values) -> None:
     """Refuses other values than these, which would change the arithmetic. All may be absent."""
     for key, value in values.items():
         given = data.get(key, value)
@@ -94,14 +94,13 @@ def read_config(folder: Path) -> MossConfig:
     audio = checked(config.get("audio_config"), dict, "audio_config")
     language = checked(config.get("language_config"), dict, "language_config")
     mel = checked(processor.get("mel_config", {}), dict, "mel_config")
-    fixed = require_fixed
-    fixed(config, "config.json", model_type="moss_audio", tie_word_embeddings=False)
-    fixed(audio, "audio_config", num_mel_bins=128, activation_function="gelu", downsample_rate=8)
-    fixed(language, "language_config", hidden_act="silu", attention_bias=False, rope_scaling=None)
-    fixed(language, "language_config", rope_parameters=None, use_sliding_window=False)
-    fixed(language, "language_config", tie_word_embeddings=False)
-    fixed(mel, "mel_config", mel_sr=16_000, mel_dim=128, mel_n_fft=400, mel_hop_length=160)
-    fixed(mel, "mel_config", mel_dtype="bfloat16", use_whisper_feature_extractor=True)
+    expect(config, "config.json", model_type="moss_audio", tie_word_embeddings=False)
+    expect(audio, "audio_config", num_mel_bins=128, activation_function="gelu", downsample_rate=8)
+    expect(language, "language_config", hidden_act="silu", attention_bias=False, rope_scaling=None)
+    expect(language, "language_config", rope_parameters=None, use_sliding_window=False)
+    expect(language, "language_config", tie_word_embeddings=False)
+    expect(mel, "mel_config", mel_sr=16_000, mel_dim=128, mel_n_fft=400, mel_hop_length=160)
+    expect(mel, "mel_config", mel_dtype="bfloat16", use_whisper_feature_extractor=True)
     layers = language.get("layer_types") or []
     full = type(layers) is list and all(kind == "full_attention" for kind in layers)
     require(full, "language_config: layer_types: only full_attention is supported")
@@ -152,13 +151,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if (folder / "tokenizer.json").exists():
             # The vocabulary alone is taken: tokenizers may panic at what else is in a bad file.
             data = read_json(folder / "tokenizer.json")
-            require_fixed(data, "tokenizer.json", normalizer={"type": "NFC"})
+            expect(data, "tokenizer.json", normalizer={"type": "NFC"})
             bpe = data["model"]
             affixes = bpe.get("continuing_subword_prefix") or bpe.get("end_of_word_suffix")
             require(not affixes, f"model: a prefix or suffix of pieces, {affixes!r:.60}")
-            require_fixed(bpe, "model", type="BPE", dropout=None, ignore_merges=False)
+            expect(bpe, "model", type="BPE", dropout=None, ignore_merges=False)
             pattern = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-            require_fixed(pattern, "pre_tokenizer", Regex=PIECE)
+            expect(pattern, "pre_tokenizer", Regex=PIECE)
             vocab = bpe["vocab"]
             merges = [tuple(m.split(" ") if type(m) is str else m) for m in bpe["merges"]]
             added = {token.pop("id"): token for token in data["added_tokens"]}
