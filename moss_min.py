@@ -275,13 +275,13 @@ class MossAudio(nn.Module):
         require(largest < V, f"{folder}: the tokenizer has id {largest}; expected below {V}")
         with torch.device("meta"):  # shapes without memory
             model = cls(config, tokenizer).requires_grad_(False).eval()
-        stored = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+        weights = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
         try:  # before anything is read: says what is missing, unexpected or misshaped
-            model.load_state_dict(stored, assign=True)
+            model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             said = " ".join(str(error).split())
             raise ValueError(f"{folder}: the tensors don't fit config.json: {said:.250}") from error
-        kind = DTYPES.get(dtype, stored["lm_head.weight"].dtype)
+        kind = DTYPES.get(dtype, weights["lm_head.weight"].dtype)
         if dtype == "auto" and device.type == "cpu":
             kind = torch.float32
         mkldnn = torch.backends.mkldnn.is_available()
@@ -292,14 +292,13 @@ class MossAudio(nn.Module):
             # TF32 keeps ten bits of a factor: that is not float32.
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
-        loaded = {}
         for number, (name, shard) in enumerate(shards.items(), 1):
             if report:
                 report(f"loading {name} ({number} of {len(shards)})")
             for key, tensor in shard.items():
                 tensor = change(key, tensor) if change else tensor
-                loaded[key] = tensor.to(device, kind)
-        model.load_state_dict(loaded, assign=True)
+                weights[key] = tensor.to(device, kind)
+        model.load_state_dict(weights, assign=True)
         return model
 
     def prompt_ids(self, text: str, frames=(), time_markers: bool | None = None) -> list[int]:
