@@ -47,16 +47,11 @@ class Linear(nn.Linear):
         return y.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         # x / sqrt(mean(x^2) + eps) in float32, rounded to x's type and only then weighted: the
         # other order gives other bits.
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 @functools.cache
