@@ -640,8 +640,7 @@ def run(argv: list[str] | None) -> None:
         report(f"{name}: {mel.shape[1] / 100:.2f} s")
     report(f"prompt: {len(prompt.ids)} tokens")
     ids = []
-    options = vars(sampling) | {"cuda_graph": args.cuda_graph}
-    generated = model.generate(prompt, **options, report=report)
+    generated = model.generate(prompt, **vars(sampling), cuda_graph=args.cuda_graph, report=report)
 
     def timed() -> Iterator[int]:
         for token in generated:
