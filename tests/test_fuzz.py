@@ -104,7 +104,7 @@ class Judge:
         assert "Traceback" not in err and "panicked" not in err, (case, err)
         if status == 2:
             # Without a process of its own, --quiet does not reach what libraries print.
-            own = re.findall(r"^(?:moss_min|batch|train.py|parity.py): .+$", err, re.MULTILINE)
+            own = re.findall(r"^(?:moss_min|batch|train|parity): .+$", err, re.MULTILINE)
             assert len(own) == 1, (case, err)
             self.refused += 1
         self.runs += 1
