@@ -68,7 +68,7 @@ def test_without_gradio_one_line_says_so(monkeypatch, capsys):
 def test_a_client_gets_the_exact_greedy_text_or_a_sentence_and_sounds_are_removed(tmp_path):
     handle_file = pytest.importorskip("gradio_client", reason="needs gradio").handle_file
     with running(tmp_path) as (process, client):
-        for line in LINES[::6]:
+        for line in LINES[:18:4]:
             clip, prompt, _ = [turn["content"] for turn in line["conversation"]]
             said, *_ = client.predict(handle_file(TINY / clip), prompt, api_name="/ask")
             assert said == load_tokenizer(TINY).decode(line["ids"])
