@@ -207,6 +207,14 @@ def test_an_id_is_judged_by_its_row_and_a_near_tie_is_none():
     assert judge([0, 0], rows, 0.01, [1], 3).since == 2
     assert judge([0, 0], rows, 0.01, [], None).since is None
     assert judge([0, 0, 1, 1], rows, 0.01, [1], 9).since == 3
+    # A stop id that is the wrong one is worse than that it does not stop.
+    early = judge([0, 1, 1], rows, 0.01, [1], 9)
+    assert (early.since, early.why) == (
+        1,
+        "1, expected 0, whose logit is larger by 1.5e+00 of its row's largest",
+    )
+    beyond = judge([9], rows, 0.01, [1], 9)
+    assert (beyond.since, beyond.why) == (0, "9, expected 0")
 
 
 def rewritten(tensors: dict, *without: str, **values: str) -> Path:
