@@ -496,9 +496,8 @@ def test_another_prompt_is_the_answer_before_any_number(means):
 MISTAKES = [*port.MISTAKES, "layer-norm-eps=1e-3"]
 CHECKPOINTS = {"golden": CHECKPOINT, "variant": VARIANT, "tiny": TINY}
 # What a checkpoint does not show, with which stages: it has no out_proj, or the norms' epsilon is
-# too small beside its values, or so near the tolerance that the processor's rounding decides.
+# too small beside its values.
 HIDDEN = {
-    ("golden", "rms-norm-eps"): ("decoder",),
     ("golden", "taps-without-out-proj"): ("all", "decoder", "logits"),
     ("tiny", "taps-without-out-proj"): ("all", "decoder", "logits"),
     ("variant", "rms-norm-eps"): ("all", "decoder"),
@@ -525,13 +524,17 @@ for name, subset, mistake in itertools.product(CHECKPOINTS, ("all", "decoder", "
 
 @pytest.mark.parametrize("name, subset, mistake", FOUND)
 def test_a_mistake_is_found(name, subset, mistake):
-    clips = 2 if mistake in OF_TWO_CLIPS else 1
+    # On golden, rms-norm-eps is within a hundredth of the tolerance with one clip, and above it
+    # with two.
+    clips = 2 if mistake in (*OF_TWO_CLIPS, "rms-norm-eps") else 1
     options = {"checkpoint": CHECKPOINTS[name], "clips": clips}
-    stages = part_of(ported(mistake, **options), subset)
-    answer = diagnosed(stages, reference(**options), CHECKPOINTS[name])
+    # oneDNN's sums depend on the processor, and so does what values of 1e12 leave of them.
+    with torch.backends.mkldnn.flags(enabled=mistake != "weights-as-float16"):
+        stages = part_of(ported(mistake, **options), subset)
+        answer = diagnosed(stages, reference(**options), CHECKPOINTS[name])
     assert (answer["mistakes"], answer["ties"]) == ([mistake.partition("=")[0]], [])
     # With values of 1e12 among them, rounding is larger.
-    most = 1e-4 if mistake == "weights-as-float16" else 3e-6
+    most = 2e-5 if mistake == "weights-as-float16" else 3e-6
     assert answer["after"] < most < (answer["before"] or 1)
 
 
