@@ -208,6 +208,12 @@ def test_bfloat16_without_instructions_for_it_is_told_of(dtype, supported, told,
     assert sum("float32 is many times faster" in line for line in lines) == told
 
 
+def test_loading_onto_a_cpu_leaves_the_switches_of_cuda_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    MossAudio.from_pretrained(GOLDEN / "checkpoint", "cpu", "float32")
+    assert torch.backends.cudnn.allow_tf32
+
+
 # ---- what a folder may lack ----
 
 

@@ -169,11 +169,23 @@ def test_more_than_512_layers_are_refused_before_any_is_made(key, value, checkpo
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("audio_start_id", 303), ("audio_end_id", 306), ("audio_token_id", 15)]
+    ("key", "value"),
+    [
+        ("audio_start_id", 303),
+        ("audio_end_id", 306),
+        ("audio_token_id", 15),
+        ("audio_token_id", 24),
+    ],
 )
 def test_an_audio_id_that_is_anothers_or_a_digits_is_refused_by_name(key, value, checkpoint):
     edit_json(checkpoint / "processor_config.json", **{key: value})
     assert key in refusal(read_config, checkpoint)
+
+
+@pytest.mark.parametrize("value", [14, 25])
+def test_an_audio_id_beside_the_digits_is_taken(value, checkpoint):
+    edit_json(checkpoint / "processor_config.json", audio_token_id=value)
+    assert read_config(checkpoint).adapter.audio_token_id == value
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "more.safetensors"])

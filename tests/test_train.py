@@ -683,7 +683,7 @@ BAD_COMMANDS = {
     "--model small --data good.jsonl --steps 0": "--steps: expected a number above 0",
     "--model small --data good.jsonl --lora-rank -1": "--lora-rank: expected a number from 0",
     "--model small --data good.jsonl --lora-rank 1000000": "--lora-rank: expected a number from 0",
-    "--model small --data good.jsonl --seed 1000000000000000000000": "--seed: expected",
+    "--model small --data good.jsonl --seed 4611686018427387904": "--seed: expected",
     "--model small --data good.jsonl --lr inf": "--lr: expected a number above 0 and below 1e9",
     "--model= --data good.jsonl": "--model: expected a folder's name",
     "--model small --data good.jsonl --lora-encoder": "--lora-encoder: expected --lora-rank",
