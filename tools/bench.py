@@ -24,7 +24,6 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import re
 import shutil
 import sys
 import tempfile
@@ -43,7 +42,7 @@ import moss_min
 from adapter import splice
 from common import random_model, say
 from encoder import HOP, N_FFT, N_MELS, SAMPLE_RATE, AudioEncoder, log_mel, require
-from moss_min import TINY, MossAudio, Prompt, Step, pick_device, read_config
+from moss_min import TINY, MossAudio, Prompt, Step, peak_bytes, pick_device, read_config
 from train import save_checkpoint
 
 LENGTHS = [10, 30, 120, 600, 2820]  # seconds; the context ends at about 47 minutes
@@ -307,15 +306,6 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     return seconds
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Returns the most memory held so far: by CUDA's tensors, else by the process (Linux; or 0)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else 0
-
-
 def make_prompt(model: MossAudio, wave: Tensor, args: argparse.Namespace) -> Prompt:
     prompt = model.prompt(TEXT, [wave])
     free = model.config.decoder.max_position_embeddings - len(prompt.ids)
@@ -395,7 +385,8 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
         say(f"making random weights, {args.shape}")
         source = write_config(args.shape, temp / "config")
         folder = temp / "checkpoint"
-        save_checkpoint(random_model(source, 0, device, torch.bfloat16), folder, source)
+        with device:
+            save_checkpoint(random_model(source, 0), folder, source)
     # The peak falls to what is held now: making random weights is not measured.
     mark = Path("/proc/self/clear_refs")
     if device.type == "cuda":

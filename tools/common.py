@@ -88,11 +88,12 @@ def move_files(part: Path, folder: Path, last: str, old: Iterable[Path] = ()) ->
 
 def read_object(path: Path, form: str) -> dict:
     """Returns the object in a JSON file. form: what is in it, for messages."""
+    expected = f"expected an object, {form}"
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-    require(isinstance(value, dict), f"{path}: expected an object, {form}")
+        raise ValueError(f"{path} can't be read: {error}; {expected}") from error
+    require(isinstance(value, dict), f"{path}: {expected}")
     return value
 
 
@@ -175,19 +176,11 @@ def read_example(value: Any, folder: Path) -> Example:
     return Example(prompts[0], clips, answers[0], task == "question")
 
 
-def random_model(folder: Path, seed: int, device="cpu", dtype=torch.float32) -> MossAudio:
+def random_model(folder: Path, seed: int) -> MossAudio:
     """Returns a model with a checkpoint folder's configuration and tokenizer and random weights, as
     PyTorch draws them but for the embeddings, N(0, 0.02)."""
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
     torch.manual_seed(seed)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = MossAudio(config, tokenizer)
-    finally:
-        torch.set_default_dtype(usual)
+    model = MossAudio(read_config(folder), load_tokenizer(folder))
     nn.init.normal_(model.language_model.embed_tokens.weight, std=0.02)
     return model
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import move_files, part_folder, write_tensors, write_text
+from common import move_files, part_folder, read_object, write_tensors, write_text
 from encoder import require
-from moss_min import MossAudio, checked, read_config, read_json
+from moss_min import MossAudio, checked, read_config
 
 DECODER_TARGETS = (
     r"language_model\.layers\.\d+\.(self_attn|mlp)\."
@@ -50,11 +50,7 @@ def add_lora_option(parser) -> None:
 def read_scale(path: Path) -> tuple[int, float]:
     """Returns an adapter_config.json's rank and scale. Raises ValueError if it isn't plain LoRA."""
     require(path.exists(), f"{path} is not there; expected an adapter's folder, as peft saves it")
-    try:
-        config = {"peft_type": None} | read_json(path)
-    except ValueError as error:
-        said = error.__cause__ or error
-        raise ValueError(f"{path} can't be read as an adapter's JSON: {said}") from error
+    config = {"peft_type": None} | read_object(path, "an adapter's configuration")
     for key, value in PLAIN.items():
         given = config.get(key, value)
         require(given == value, f"{path}: {key} is {given!r:.60}; only {value!r} is supported")
@@ -82,9 +78,8 @@ def read_pairs(path: Path, rank: int, shapes: dict) -> dict[str, tuple[Tensor, T
         B = tensors.get(key.replace("lora_A", "lora_B"), nothing)
         rows, columns = shapes.get(name, (0, 0))
         fits = match and A.shape == (rank, columns) and B.shape == (rows, rank)
-        require(
-            fits, f"{path}: {key} fits no weight with rank {rank}, or its other half is missing"
-        )
+        message = f"{path}: {key} fits no weight with rank {rank}, or its other half is missing"
+        require(fits, message)
         finite = bool(A.isfinite().all() and B.isfinite().all())
         require(finite, f"{path}: {key} or its other half holds NaN or infinity; expected neither")
         pairs[name] = (A.float(), B.float())
