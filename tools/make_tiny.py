@@ -28,19 +28,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compose
-from common import (
-    Example,
-    load_state,
-    random_model,
-    read_example,
-    read_json_lines,
-    save_state,
-    say,
-    write_text,
-)
+from common import Example, load_state, random_model, save_state, say, write_text
 from compose import DESCRIBE, PLAIN, SOUNDS, STAMPS, WORDS
 from encoder import HOP, SAMPLE_RATE, count_tokens, log_mel, mel_spectrum, require
-from evaluate import edit_distance, score
+from evaluate import edit_distance, read_data, score
 from moss_min import TINY, MossAudio, Parser, end, load_tokenizer, pick_device
 from train import IGNORE, learned_ids, save_checkpoint
 from voices import ENGINES, Bank, Clip, Heard, make_bank, retime
@@ -173,7 +164,6 @@ def make_stages(args: argparse.Namespace) -> list[Stage]:
     if args.start:
         whole = args.markers and args.deepstack
         require(whole, "--start: the checkpoint decides on time markers and DeepStack")
-        args.alone = 0
         return [Stage(1, 0, args.steps, 1e-3, 0)]
     require(0 < args.alone < args.steps, "expected --alone to be above 0 and below --steps")
     alone = Stage(0, 0, args.alone, 2.5e-3, 0.1)
@@ -302,8 +292,9 @@ class Batches(IterableDataset):
     """The batches of steps first and on, composed in processes of their own. Each step has its own
     seed: the batches are the same from any number of processes."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, first: int):
+    def __init__(self, args: argparse.Namespace, stages: list[Stage], folder: Path, first: int):
         self.args = args
+        self.stages = stages
         self.folder = folder
         self.first = first
 
@@ -312,11 +303,10 @@ class Batches(IterableDataset):
         worker = get_worker_info()
         bank = Bank(self.args.bank, held=False)
         model = random_model(self.folder, 0)  # for its tokens
-        alone = self.args.alone
         for step in range(self.first + worker.id, self.args.steps, worker.num_workers):
             rng = np.random.default_rng([self.args.seed, step])
-            stage, steps = (0, step) if step < alone else (1, step - alone)
-            lengths = draw_lengths(rng, stage, steps, self.args.seconds)
+            stage = next(stage for stage in self.stages if step < stage.end)
+            lengths = draw_lengths(rng, stage.number, step - stage.first, self.args.seconds)
             yield make_batch(model, [draw_lesson(bank, rng, frames) for frames in lengths])
 
 
@@ -447,8 +437,7 @@ def score_events(folder: Path, data: Path) -> None:
     model = MossAudio.from_pretrained(folder, "cpu")
     right = 0
     total = 0
-    for _, value in read_json_lines(data):
-        example = read_example(value, data.parent)
+    for example in read_data(data, need_sound=True).values():
         if example.prompt == DESCRIBE:
             given = model.ask(example.clips, DESCRIBE, temperature=0, max_new_tokens=200)
             right += compose.events(given) == compose.events(example.answer)
@@ -508,12 +497,11 @@ class Training:
             self.modules |= self.model.named_children()
         self.optimizers = make_optimizers(self.modules)
         if stage.number == self.stage:
-            for i, optimizer in enumerate(self.optimizers):
-                state = {}
-                for key, tensor in self.moments.items():
-                    number, place, name = key.split(".")
-                    if number == str(i):
-                        state.setdefault(int(place), {})[name] = tensor
+            states = [{} for _ in self.optimizers]
+            for key, tensor in self.moments.items():
+                number, place, name = key.split(".")
+                states[int(number)].setdefault(int(place), {})[name] = tensor
+            for optimizer, state in zip(self.optimizers, states):
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         self.stage = stage.number
 
@@ -552,7 +540,7 @@ class Training:
             hearing, answers = torch.stack(self.losses).mean(0).tolist()
             self.losses = []
             losses = {"hearing": round(hearing, 4), "answers": round(answers, 4)}
-            self.report(minutes=self.minutes(), stage=self.stage, **losses)
+            self.report({"minutes": self.minutes(), "stage": self.stage} | losses)
         if ended or time.time() - self.saved > SAVE_SECONDS:
             self.save()
             self.saved = time.time()
@@ -562,7 +550,7 @@ class Training:
                 scores = {"ctc": test_hearing(model, self.average["heads"], clips)}
                 if self.stage > 0:
                     scores |= test_answers(model, clips)
-                self.report(test=name, **scores)
+                self.report({"test": name} | scores)
             self.tested = time.time()
 
     def save(self) -> None:
@@ -577,7 +565,7 @@ class Training:
         save_state(self.state, tensors, self.run | done)
         save_checkpoint(self.average["model"], self.out, self.folder)
 
-    def report(self, **line) -> None:
+    def report(self, line: dict) -> None:
         """Prints a line of JSON, and adds it to the log."""
         text = json.dumps({"step": self.step} | line)
         print(text, flush=True)
@@ -600,7 +588,7 @@ def train(args: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("high")  # TF32
         # All chunks at a time: launches are what takes time there.
         model.audio_encoder.chunks_at_a_time = 10_000
-    batches = Batches(args, training.folder, training.step)
+    batches = Batches(args, stages, training.folder, training.step)
     options = {"batch_size": None, "num_workers": args.workers or workers, "prefetch_factor": 4}
     # The processes are forked here, before CUDA has anything of the model.
     batches = iter(DataLoader(batches, **options))
@@ -648,12 +636,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=11_300, metavar="N", help="steps in all (%(default)s)")
     add("--seconds", type=float, default=100, metavar="X", help="sound in a step (%(default)s)")
     add("--seed", type=int, default=0, metavar="S")
-    add(
-        "--device", default="auto", metavar="D", help="cuda, mps, cpu, or the first there is (auto)"
-    )
-    add(
-        "--workers", type=int, metavar="N", help="processes that compose (1; CUDA: all cores but 1)"
-    )
+    add("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto (the first there is)")
+    about = "processes that compose clips (1; on CUDA all cores but 1)"
+    add("--workers", type=int, metavar="N", help=about)
     add("--no-time-markers", dest="markers", action="store_false")
     add("--no-deepstack", dest="deepstack", action="store_false")
     return parser.parse_args(argv)
