@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import look
-from common import read_example, read_json_lines, say
+from common import say
 from encoder import SAMPLE_RATE, load_audio
+from evaluate import read_data
 from moss_min import TINY, MossAudio, Parser, add_model_options, end
 from sample import Sampling, split_thinking
 
@@ -83,7 +84,7 @@ def build(gradio, model: MossAudio):
         inside = html.escape(look.page(model, *asked))
         return f'<iframe title="look" sandbox="allow-scripts" srcdoc="{inside}"></iframe>'
 
-    lines = [read_example(value, TINY) for _, value in read_json_lines(TINY / "sounds.jsonl")]
+    lines = read_data(TINY / "sounds.jsonl", need_sound=True).values()
     # Three questions about each sound come one after the other: every fourth is of another sound.
     examples = [line for line in lines if len(line.clips) == 1][::4]
     gradio.set_static_paths([TINY])  # or the examples would be copied, and removed like uploads

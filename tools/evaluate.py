@@ -280,12 +280,7 @@ def run(argv: list[str] | None) -> None:
     parser = Parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="FILE", help="JSONL in the training format")
-    add(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="JSONL of answers to score, in place of a model",
-    )
+    add("--answers", type=Path, metavar="FILE", help="answers to score, in place of a model's")
     add_model_options(parser)
     parser.set_defaults(model=None)
     add_lora_option(parser)
