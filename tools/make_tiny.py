@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -33,14 +32,14 @@ from compose import DESCRIBE, PLAIN, SOUNDS, STAMPS, WORDS
 from encoder import HOP, SAMPLE_RATE, count_tokens, log_mel, mel_spectrum, require
 from evaluate import edit_distance, read_data, score
 from moss_min import TINY, MossAudio, Parser, end, load_tokenizer, pick_device
-from train import IGNORE, learned_ids, save_checkpoint
+from train import IGNORE, copy_all_but_weights, learned_ids, save_checkpoint
 from voices import ENGINES, Bank, Clip, Heard, make_bank, retime
 
 # Classes 1 and up of what hears; 0 is CTC's blank, and a frame in which nothing is heard.
 NAMES = [*WORDS, *SOUNDS]
 
 # ---- the folder: configuration and tokenizer ----
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+QWEN3 = Path(__file__).resolve().parents[1] / "tests" / "qwen3_tokenizer"
 # What the tokenizer has to cut as Qwen3's does.
 TEXTS = [
     "system\nYou are a helpful assistant.",
@@ -88,29 +87,19 @@ def cut_tokenizer(source: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
-    """Writes a checkpoint but for its weights: the golden one's files, with this model's sizes and
-    tokens."""
-    files = {}
-    for path in (TESTS / "golden" / "checkpoint").glob("*.json"):
-        files[path.stem] = json.loads(path.read_text("utf-8"))
-    del files["model.safetensors.index"]
-    vocab, merges = cut_tokenizer(TESTS / "qwen3_tokenizer")
+    """Writes a checkpoint but for its weights: the files and sizes are those in tiny/, the tokens
+    those that TEXTS need."""
+    copy_all_but_weights(TINY, folder)
+    vocab, merges = cut_tokenizer(QWEN3)
+    files = {path.stem: json.loads(path.read_text("utf-8")) for path in TINY.glob("*.json")}
     ids = {token: len(vocab) + i for i, token in enumerate(files["added_tokens"])}
     bounds = {"bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"]}
-    sizes = bounds | {"vocab_size": len(vocab) + len(ids), "num_hidden_layers": 4}
     taps = [0, 1, 2] if deepstack else []
 
     config = files["config"]
-    config.update(sizes, adapter_hidden_size=128, deepstack_num_inject_layers=len(taps))
-    audio = config["audio_config"]
-    audio.update(downsample_hidden_size=24, d_model=128, output_dim=128, encoder_layers=5)
-    audio.update(encoder_attention_heads=4, encoder_ffn_dim=320)
-    audio.update(deepstack_encoder_layer_indexes=taps)
-    language = config["language_config"]
-    language.update(sizes, hidden_size=160, intermediate_size=224, head_dim=32)
-    language.update(num_attention_heads=6, num_key_value_heads=2)
-    language.update(max_window_layers=4, layer_types=["full_attention"] * 4)
-
+    config.update(bounds, vocab_size=len(vocab) + len(ids), deepstack_num_inject_layers=len(taps))
+    config["audio_config"].update(deepstack_encoder_layer_indexes=taps)
+    config["language_config"].update(bounds, vocab_size=len(vocab) + len(ids))
     files["generation_config"].update(bounds)
     processor = files["processor_config"]
     processor.update(enable_time_marker=time_markers, audio_token_id=ids["<|vision_pad|>"])
@@ -120,25 +109,11 @@ def write_folder(folder: Path, time_markers: bool, deepstack: bool) -> None:
     files["tokenizer_config"]["added_tokens_decoder"] = added
     files["added_tokens"] = ids
     files["vocab"] = vocab
-    folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         indent = None if name == "vocab" else 2
         text = json.dumps(data, indent=indent, ensure_ascii=False)
         write_text(text + "\n", folder / f"{name}.json")
     write_text("\n".join(["#version: 0.2", *merges]) + "\n", folder / "merges.txt")
-    # For servers.
-    for name in ("configuration_moss_audio.py", "chat_template.jinja"):
-        shutil.copyfile(TINY / name, folder / name)
-
-
-def copy_folder(source: Path, folder: Path) -> MossAudio:
-    """Copies a checkpoint but for its weights and sounds, and returns its model, to be trained."""
-    model = MossAudio.from_pretrained(source, "cpu", "float32")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".py", ".jinja"):
-            shutil.copyfile(path, folder / path.name)
-    return model.requires_grad_(True)
 
 
 # ---- stages ----
@@ -461,7 +436,9 @@ class Training:
         self.state = args.out / "training" / "state.safetensors"
         self.run = {name: getattr(args, name) for name in ("markers", "deepstack", "seed")}
         if args.start:
-            self.model = copy_folder(args.start, self.folder)
+            self.model = MossAudio.from_pretrained(args.start, "cpu", "float32")
+            self.model.requires_grad_(True)
+            copy_all_but_weights(args.start, self.folder)
         else:
             write_folder(self.folder, args.markers, args.deepstack)
             self.model = random_model(self.folder, args.seed)

@@ -179,6 +179,17 @@ class SummedLoss(nn.Module):
 # ---- checkpoints ----
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Copies a checkpoint's configuration, its tokenizer, and what is there for servers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.suffix in (".json", ".txt", ".jinja", ".py") and file.name != INDEX:
+            shutil.copyfile(file, folder / file.name)
+
+
 def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000_000_000) -> None:
     """Writes the model in the released layout: bfloat16, in shards with an index if one is not
     enough; all else is the source's. No file in out is touched before all new ones are whole."""
@@ -201,7 +212,6 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
     names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
-    index = "model.safetensors.index.json"
     with common.part_folder(out / ".part") as part:
         weight_map = {}
         for name, shard in zip(names, shards):
@@ -210,12 +220,10 @@ def save_checkpoint(model: MossAudio, out: Path, source: Path, shard_bytes=5_000
             weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_text(json.dumps(content, indent=2), part / index)
-        for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".jinja", ".py") and not file.name.endswith(index):
-                shutil.copyfile(file, part / file.name)
+            write_text(json.dumps(content, indent=2), part / INDEX)
+        copy_all_but_weights(source, part)
         # An index that stays would lead to the weights before these.
-        old = [out / index, out / "model.safetensors", *out.glob("model-*-of-?????.safetensors")]
+        old = [out / INDEX, out / "model.safetensors", *out.glob("model-*-of-?????.safetensors")]
         old = [file for file in old if not (part / file.name).exists()]
         common.move_files(part, out, "config.json", old)
 
