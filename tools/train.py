@@ -247,9 +247,8 @@ class Trainer:
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         matrices = [p for p in self.trained.values() if p.ndim > 1]
         others = [p for p in self.trained.values() if p.ndim < 2]  # norms and biases: no decay
-        self.optimizer = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=args.decay)
-        if others:
-            self.optimizer.add_param_group({"params": others, "weight_decay": 0.0})
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=args.decay)
         for parameter in self.trained.values():
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(0.0),
@@ -427,9 +426,8 @@ def run(args: argparse.Namespace) -> None:
     require(args.data, "expected --data or --merge")
     if is_finished(args):
         if RANK == 0:
-            common.say(
-                f"{out}: this training of {args.steps} steps is finished; nothing is left to do"
-            )
+            done = f"this training of {args.steps} steps is finished"
+            common.say(f"{out}: {done}; nothing is left to do")
         return
     device = args.device
     if WORLD > 1:
