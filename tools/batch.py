@@ -147,7 +147,9 @@ def read_line(value: Any) -> tuple[Id | None, str, list[str]]:
     prompt = value.get("prompt")
     audio = value.get("audio")
     clips = [audio] if type(audio) is str else audio
-    good = clips is None or type(clips) is list and all(type(clip) is str for clip in clips)
+    if clips is None:
+        clips = []
+    good = type(clips) is list and all(type(clip) is str for clip in clips)
     require(good, f"audio is {audio!r:.60}; expected a path or a list of paths")
     good = prompt is None or type(prompt) is str
     require(good, f"prompt is {prompt!r:.60}; expected a string")
@@ -155,7 +157,7 @@ def read_line(value: Any) -> tuple[Id | None, str, list[str]]:
     require(good, f"id is {name!r:.60}; expected a string or whole number")
     require(clips or prompt is not None, "expected audio, a prompt or both")
     prompt = "Describe this audio." if prompt is None else prompt
-    return name, prompt, clips or []
+    return name, prompt, clips
 
 
 def read_manifest(path: Path) -> dict[Id, Line]:

@@ -24,7 +24,6 @@ import datetime
 import importlib.metadata
 import json
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -43,7 +42,7 @@ from adapter import splice
 from common import random_model, say
 from encoder import HOP, N_FFT, N_MELS, SAMPLE_RATE, AudioEncoder, log_mel, require
 from moss_min import TINY, MossAudio, Prompt, Step, peak_bytes, pick_device, read_config
-from train import save_checkpoint
+from train import copy_all_but_weights, save_checkpoint
 
 LENGTHS = [10, 30, 120, 600, 2820]  # seconds; the context ends at about 47 minutes
 TEXT = "Transcribe the audio with timestamps."
@@ -71,8 +70,8 @@ SHAPES = {
 
 def write_config(shape: str, folder: Path) -> Path:
     """Makes a checkpoint folder of that shape without weights; its tokenizer is tiny/'s."""
-    left_out = shutil.ignore_patterns("*.safetensors", "*.wav", "processor_config.json")
-    shutil.copytree(TINY, folder, ignore=left_out)
+    copy_all_but_weights(TINY, folder)
+    (folder / "processor_config.json").unlink()  # it has tiny/'s ids, not the released ones
     audio, language = SHAPES[shape]
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["audio_config"] |= audio
