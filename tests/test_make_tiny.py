@@ -272,8 +272,9 @@ def test_the_losses_see_what_inference_would(folder, bank):
 
 def test_several_processes_compose_the_batches_that_one_does(folder, bank):
     args = SimpleNamespace(bank=bank, start=None, alone=3, steps=6, seed=0, seconds=8)
-    batches = make_tiny.Batches(args, make_tiny.make_stages(args), folder, first=1)
-    one, two = (list(DataLoader(batches, None, num_workers=count)) for count in (1, 2))
+    batches = make_tiny.Batches(args, make_tiny.make_stages(args), random_model(folder, 0))
+    steps = range(1, 6)
+    one, two = (list(DataLoader(batches, None, sampler=steps, num_workers=i)) for i in (1, 2))
     assert len(one) == len(two) == 5
     for a, b in zip(one, two):
         torch.testing.assert_close(vars(a), vars(b), rtol=0, atol=0)

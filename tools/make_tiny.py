@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compose
@@ -263,26 +263,22 @@ def make_batch(model: MossAudio, lessons: list[Lesson]) -> Batch:
     )
 
 
-class Batches(IterableDataset):
-    """The batches of steps first and on, composed in processes of their own. Each step has its own
-    seed: the batches are the same from any number of processes."""
+class Batches(Dataset):
+    """The batch of each step, by its number. Each step has its own seed: its batch is the same
+    whichever process composes it."""
 
-    def __init__(self, args: argparse.Namespace, stages: list[Stage], folder: Path, first: int):
+    def __init__(self, args: argparse.Namespace, stages: list[Stage], model: MossAudio):
         self.args = args
         self.stages = stages
-        self.folder = folder
-        self.first = first
+        self.model = model  # for its tokens
+        self.bank = Bank(args.bank, held=False)
 
-    def __iter__(self):
-        torch.set_num_threads(1)
-        worker = get_worker_info()
-        bank = Bank(self.args.bank, held=False)
-        model = random_model(self.folder, 0)  # for its tokens
-        for step in range(self.first + worker.id, self.args.steps, worker.num_workers):
-            rng = np.random.default_rng([self.args.seed, step])
-            stage = next(stage for stage in self.stages if step < stage.end)
-            lengths = draw_lengths(rng, stage.number, step - stage.first, self.args.seconds)
-            yield make_batch(model, [draw_lesson(bank, rng, frames) for frames in lengths])
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.args.seed, step])
+        stage = next(stage for stage in self.stages if step < stage.end)
+        lengths = draw_lengths(rng, stage.number, step - stage.first, self.args.seconds)
+        lessons = [draw_lesson(self.bank, rng, frames) for frames in lengths]
+        return make_batch(self.model, lessons)
 
 
 # ---- losses ----
@@ -565,10 +561,11 @@ def train(args: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision("high")  # TF32
         # All chunks at a time: launches are what takes time there.
         model.audio_encoder.chunks_at_a_time = 10_000
-    batches = Batches(args, stages, training.folder, training.step)
-    options = {"batch_size": None, "num_workers": args.workers or workers, "prefetch_factor": 4}
+    steps = range(training.step, args.steps)
+    options = {"sampler": steps, "num_workers": args.workers or workers, "prefetch_factor": 4}
+    batches = DataLoader(Batches(args, stages, model), batch_size=None, **options)
     # The processes are forked here, before CUDA has anything of the model.
-    batches = iter(DataLoader(batches, **options))
+    batches = iter(batches)
     training.both.to(device)
     training.average.to(device)
     for stage in stages:
