@@ -183,11 +183,8 @@ def peer_stages(model: MossAudio, folder: Path, wave: Tensor, prompt: Prompt, ar
         x = splice(x, model.audio_adapter(output), is_audio)  # [1, N, D]
         return decoder(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
-    N = ids.shape[1]
     cache = DynamicCache()
-    zeros = model.new_cache(1, N)
-    for layer, (keys, values) in enumerate(zip(zeros.keys, zeros.values)):
-        cache.update(keys[:, :, :N], values[:, :, :N], layer)
+    decoder(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
     def step(ids: Tensor, position: int) -> Tensor:
         cache.crop(position)  # without what an earlier run has added
@@ -198,7 +195,7 @@ def peer_stages(model: MossAudio, folder: Path, wave: Tensor, prompt: Prompt, ar
         "log_mel": lambda: extractor._np_extract_fbank_features(wave.numpy()[None], "cpu"),
         "encoding": lambda: encoder(prompt.mels),
         "prefill": prefill,
-        "decoding": make_steps(step, 1, N, args),
+        "decoding": make_steps(step, 1, ids.shape[1], args),
     }
 
 
