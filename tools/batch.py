@@ -8,16 +8,12 @@ this audio." if there is none, and the id is the line's number, from 1. The answ
 "text"} in the manifest's order, with "cut": true where there was no room for more tokens, or {"id",
 "error"} for a clip that can't be read, is too long, or takes too much memory by itself. Answers
 that --out holds are kept: the same command continues a run that was killed, which loses its last
-batch. Line n draws with seed + n, whatever its batch. (In bfloat16 a batch may change an id:
-a matrix product rounds several rows differently from one.)
+batch. Line n draws with seed + n, whatever its batch.
 
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
 are any, on one machine or on several that share the folder of --out. Each process writes a part,
 out.jsonl.part-0; the first process merges them at the end, or when the command is run again.
-
-out.jsonl.run says what decided the answers: the options, the model, and each line's clips, by name,
-and prompt. A line that has changed is answered again; another model or other options are refused.
-A model is known by its folder's name and the beginning of each of its files."""
+tools/README.md says of which runs answers are kept."""
 
 import argparse
 import dataclasses
@@ -232,7 +228,9 @@ def describe_run(lines: dict[Id, Line], args: argparse.Namespace) -> dict:
     """Returns what decides the answers."""
     run = dataclasses.asdict(args.sampling)
     run |= {"dtype": args.dtype, "time_markers": args.time_markers}
-    run |= {"model": known_as(args.model), "lora": args.lora and known_as(args.lora), "lines": {}}
+    run |= {"model": known_as(args.model), "lora": None, "lines": {}}
+    if args.lora:
+        run["lora"] = known_as(args.lora)
     for name, line in lines.items():
         seed = shift_seed(args.sampling, line.number).seed
         decides = json.dumps([line.clips, line.prompt, seed]).encode()
