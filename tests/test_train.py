@@ -28,7 +28,7 @@ from train import SummedLoss, hidden_states, main, make_sample, save_checkpoint
 CLIP = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 TRAINING = GOLDEN / "training"
 LORA = TRAINING / "lora"
-SECONDS = 0.3, 1.1, 4.0, 5.5, 9.0  # three have a whole chunk: one call of the encoder is for them
+SECONDS = 0.3, 1.1, 4.0, 5.5, 9.0  # two are shorter than a chunk, one is a whole one
 PROMPT = "Transcribe the audio."
 ANSWERS = "and", "and so", "my fellow [1.25] americans", "ask not what your country", "can do"
 # A released folder's files beside the weights.

@@ -121,27 +121,11 @@ def draw(examples: list, seed: int, first: int, count: int) -> list:
 
 
 def hear_samples(model: MossAudio, samples: list[Sample]) -> list[torch.Tensor]:
-    """Returns the encoder's rows for the samples' audio tokens: output and taps, [A, E] each.
-
-    Chunks are padded to the longest of their prompt, not of the batch (encoder.split_chunks). So
-    the encoder runs once for all samples whose longest chunks are equal, and every sample's rows
-    are those of inference.
-    """
-    chunk = 2 * model.config.encoder.n_window
-    groups = {}  # frames of the longest chunk -> numbers of samples
-    for i, sample in enumerate(samples):
-        if sample.mels:
-            longest = max(mel.shape[1] for mel in sample.mels)
-            groups.setdefault(min(longest, chunk), []).append(i)
-    rows = {}  # number of a sample -> its rows of the output and of each tap
-    for members in groups.values():
-        mels = [mel for i in members for mel in samples[i].mels]
-        ids = [samples[i].ids for i in members]
-        counts = [int((own == model.config.adapter.audio_token_id).sum()) for own in ids]
-        parts = [part.split(counts) for part in model.hear(mels)]
-        rows |= zip(members, zip(*parts))
-    in_order = [rows[i] for i in sorted(rows)]
-    return [torch.cat(part) for part in zip(*in_order)]
+    """Returns the encoder's rows for the samples' audio tokens: output and taps, [A, E] each."""
+    # One sample at a time, as in inference: chunks are padded to the longest of their prompt
+    # (encoder.split_chunks), not of the batch.
+    heard = [model.hear(sample.mels) for sample in samples if sample.mels]
+    return [torch.cat(part) for part in zip(*heard)]
 
 
 def hidden_states(model: MossAudio, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
