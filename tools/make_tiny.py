@@ -555,17 +555,17 @@ def train(args: argparse.Namespace) -> None:
     model = training.model
     size = sum(p.numel() for p in model.parameters())
     say(f"{size:,} parameters, {model.config.decoder.vocab_size} tokens, {device}")
-    workers = 1
+    workers = args.workers or 1
     if device.type == "cuda":
-        workers = max(1, os.cpu_count() - 1)
+        workers = args.workers or max(1, os.cpu_count() - 1)
         torch.set_float32_matmul_precision("high")  # TF32
         # All chunks at a time: launches are what takes time there.
         model.audio_encoder.chunks_at_a_time = 10_000
+    data = Batches(args, stages, model)
     steps = range(training.step, args.steps)
-    options = {"sampler": steps, "num_workers": args.workers or workers, "prefetch_factor": 4}
-    batches = DataLoader(Batches(args, stages, model), batch_size=None, **options)
+    loader = DataLoader(data, None, sampler=steps, num_workers=workers, prefetch_factor=4)
     # The processes are forked here, before CUDA has anything of the model.
-    batches = iter(batches)
+    batches = iter(loader)
     training.both.to(device)
     training.average.to(device)
     for stage in stages:
