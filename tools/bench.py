@@ -381,8 +381,12 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
         say(f"making random weights, {args.shape}")
         source = write_config(args.shape, temp / "config")
         folder = temp / "checkpoint"
+        torch.set_default_dtype(torch.bfloat16)  # in float32 they would take twice the memory
         with device:
-            save_checkpoint(random_model(source, 0), folder, source)
+            model = random_model(source, 0)
+        torch.set_default_dtype(torch.float32)
+        save_checkpoint(model, folder, source)
+        del model
     # The peak falls to what is held now: making random weights is not measured.
     mark = Path("/proc/self/clear_refs")
     if device.type == "cuda":
