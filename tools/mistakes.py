@@ -488,11 +488,6 @@ def no_deepstack(run):
 def deepstack_at_layer_input(run):
     """Merger k's DeepStack rows are added to what enters decoder layer k. Right: to what leaves it
     (qwen3.py, Qwen3.forward)."""
-
-    def at_input(layer, x, cache, rows):
-        return layer(x + rows, cache)
-
-    run.swap(run, "layer", at_input)
     run.swap(run, "rows_at", "input")
 
 
@@ -500,12 +495,6 @@ def deepstack_at_layer_input(run):
 def deepstack_before_mlp(run):
     """Merger k's DeepStack rows are added inside decoder layer k, between its attention and its
     MLP. Right: to what leaves the layer (qwen3.py, Qwen3.forward)."""
-
-    def before_mlp(layer, x, cache, rows):
-        x = x + layer.self_attn(layer.input_layernorm(x), cache) + rows
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    run.swap(run, "layer", before_mlp)
     run.swap(run, "rows_at", "mlp")
 
 

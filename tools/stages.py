@@ -296,8 +296,15 @@ def embed(run, ids: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
     return splice(x, run.order(run, ids, rows[0]), is_audio(run, ids)) if rows else x
 
 
-def layer_with_rows(layer: nn.Module, x: torch.Tensor, cache: KVCache, rows) -> torch.Tensor:
-    """What leaves a decoder layer, [1, n, D]. rows: DeepStack's [1, n, D], or 0."""
+def layer_with_rows(
+    run, layer: nn.Module, x: torch.Tensor, cache: KVCache, rows: torch.Tensor
+) -> torch.Tensor:
+    """Returns what leaves a decoder layer, with DeepStack's rows added: all [1, N, D]."""
+    if run.rows_at == "input":
+        return layer(x + rows, cache)
+    if run.rows_at == "mlp":
+        x = x + layer.self_attn(layer.input_layernorm(x), cache) + rows
+        return x + layer.mlp(layer.post_attention_layernorm(x))
     return layer(x, cache) + rows
 
 
@@ -319,7 +326,7 @@ def decoder_layer(
     """[N, D] to the same. deepstack: the rows [A, D] of the layer's merger, if it has one."""
     layer = run.model.language_model.layers[i]
     rows = deepstack_rows(run, x, ids, *deepstack)
-    return run.layer(layer, x[None], cache_for(len(x)), rows)[0]
+    return layer_with_rows(run, layer, x[None], cache_for(len(x)), rows)[0]
 
 
 def deepstack_rows(run, x: torch.Tensor, ids: torch.Tensor, *deepstack: torch.Tensor):
@@ -418,7 +425,8 @@ def step_logits(
     deepstack = inputs[len(decoder.layers) :]
     for i, layer in enumerate(decoder.layers):
         mergers = [deepstack[run.merger_of_layer[i]]] if i in run.merger_of_layer else []
-        run.layer(layer, inputs[i][None], cache, deepstack_rows(run, inputs[i], ids, *mergers))
+        rows = deepstack_rows(run, inputs[i], ids, *mergers)
+        layer_with_rows(run, layer, inputs[i][None], cache, rows)
 
     # The cosines and sines of the steps' positions, and then the places and their mask.
     cache.place((N + run.stepping.position + steps)[None], first + count)
@@ -431,9 +439,8 @@ def step_logits(
     cache.mask = mask.repeat_interleave(sharing, dim=0)[None, None]
     x = decoder.embed_tokens(generated[:-1])[None]  # [1, n - 1, D]
     for layer in decoder.layers:
-        x = run.layer(layer, x, cache, torch.zeros_like(x))
-    rows = run.model.lm_head(decoder.norm(x))[0]
-    return torch.cat([logits[-1:].float(), rows.float()])
+        x = layer(x, cache)
+    return torch.cat([logits[-1:], run.model.lm_head(decoder.norm(x))[0]]).float()
 
 
 # ---- a run ----
@@ -454,8 +461,7 @@ class Run:
     tap: Callable = tap
     order: Callable = in_order
     places: Callable = is_audio  # where DeepStack's rows are added
-    layer: Callable = layer_with_rows
-    rows_at: str = "output"  # the same of layers that are open: "input", "mlp" or "output"
+    rows_at: str = "output"  # of a layer, where they are added: "input", "mlp" or "output"
     inside: frozenset[str] = frozenset()  # the layers whose inside is stages, too
     stepping: Stepping = Stepping()
     steps: bool = False  # whether the table has the steps after the prompt
