@@ -1,8 +1,10 @@
-"""The mistakes that ports of MOSS-Audio are known to make, and what is right in each case.
+"""Holds the mistakes that ports of MOSS-Audio are known to make, and what is right in each case.
 
-It can be read as a chapter on what matters in this model. diagnose.py makes the mistakes in a run
-(stages.py), to see which of them explains a port's numbers. Shapes: C chunks, t frames and L tokens
-of a chunk, N prompt tokens, D the width of the encoder or the decoder, hd the size of a head.
+    python tools/parity.py diagnose reference.safetensors PORT --model FOLDER
+
+This tries them on a port's numbers: diagnose.py makes each mistake in a run (stages.py). The file
+can be read as a chapter on what matters in this model. Shapes: C chunks, t frames and L tokens of a
+chunk, N prompt tokens, D the width of the encoder or the decoder, hd the size of a head.
 """
 
 import functools
@@ -740,15 +742,9 @@ def decode_first_place_lost(run):
     swap_stepping(run, first=1)
 
 
-HELP = """Holds the known mistakes of ports; parity.py's diagnose tries them on a port's numbers.
-
-    python tools/parity.py diagnose reference.safetensors PORT --model FOLDER
-"""
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line, which has nothing but help; returns the exit status."""
-    parser = Parser("mistakes.py", HELP)
+    parser = Parser("mistakes.py", __doc__)
 
     def run() -> None:
         parser.parse_args(argv)
