@@ -81,12 +81,10 @@ def mistake(id: str, *stages: str, rounding: float = 1, **values) -> Callable:
 @contextmanager
 def made(run: Run, mistakes: Sequence[Mistake]) -> Iterator[None]:
     """Makes mistakes in a run, in the order of the table, and takes them away again."""
-    try:
+    with run.swapped:
         for wrong in sorted(mistakes, key=MISTAKES.index):
             wrong.make(run)
         yield
-    finally:
-        run.restore()
 
 
 def replace_stage(run: Run, name: str, inputs: Sequence[str], compute: Callable) -> None:

@@ -6,6 +6,7 @@ frames, A audio tokens (12.5 a second), C chunks, t frames and L tokens of a chu
 n new tokens, K cache places, D the width of the encoder or the decoder, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -386,10 +387,6 @@ def add_inside_decoder(run, add: Callable, i: int, cache_for: Callable, inputs: 
     return add(name, [entering, attended, more, *mergers], sums)
 
 
-def logits(lm_head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return lm_head(x).float()
-
-
 # ---- decoding ----
 
 
@@ -470,7 +467,7 @@ class Run:
     merger_of_layer: dict[int, int] = field(init=False)
     # Stages that are computed from others, and otherwise.
     replaced: "dict[str, Stage]" = field(default_factory=dict)
-    swapped: list[tuple[Any, str, Any]] = field(default_factory=list)
+    swapped: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self):
         mergers = len(self.model.deepstack_audio_merger_list) if self.clips else 0
@@ -478,14 +475,9 @@ class Run:
         self.merger_of_layer = {k: k for k in range(min(mergers, layers))}
 
     def swap(self, owner: Any, name: str, value: Any) -> None:
-        """Puts a value in the place of an object's attribute until restore."""
-        self.swapped.append((owner, name, getattr(owner, name)))
+        """Puts a value in the place of an object's attribute until `swapped` is closed."""
+        self.swapped.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
-
-    def restore(self) -> None:
-        while self.swapped:
-            owner, name, value = self.swapped.pop()
-            setattr(owner, name, value)
 
 
 class Stage(NamedTuple):
@@ -521,7 +513,7 @@ def table(run: Run) -> dict[str, Stage]:
         else:
             x = add(f"decoder.layers.{i}", inputs, decoder_layer, run, i, cache_for)
     add("final_norm", [x], decoder.norm)
-    add("logits", ["final_norm"], logits, model.lm_head)
+    add("logits", ["final_norm"], lambda x: model.lm_head(x).float())
     if run.steps:
         stages["generated"] = Stage((), None)  # always given
         rows = [name for name in stages if kind(name) == "deepstack"]
