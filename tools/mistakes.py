@@ -120,7 +120,7 @@ def mel_30s(run):
 def mel_float32(run):
     """The log-mel stays in float32. Right: it is rounded to bfloat16 whatever the model's own type,
     since the model has never seen another (encoder.py, log_mel)."""
-    swap_mel(run, dtype=torch.float32)
+    swap_mel(run, rounded=torch.Tensor.float)
 
 
 @mistake("mel-last-frame-kept", "mel.*")
@@ -182,7 +182,11 @@ def mel_no_slaney_norm(run):
 def mel_bfloat16_truncated(run):
     """The log-mel becomes bfloat16 by losing a float32's lower 16 bits. Right: it is rounded to the
     nearest (encoder.py, log_mel)."""
-    swap_mel(run, truncate=True)
+
+    def truncated(mel):
+        return (mel.view(torch.int32) & -65536).view(torch.float32)
+
+    swap_mel(run, rounded=truncated)
 
 
 @mistake("mel-floor-shared", "mel.*")
@@ -198,23 +202,35 @@ def mel_floor_shared(run):
 # ---- encoder ----
 
 
+def replace_convolutions(run: Run, inputs: Sequence[str], convolve: Callable) -> None:
+    """Puts convolve in the place of stages.convolve; it takes the stages in inputs, too."""
+    for i, before in ((1, "chunks"), (2, "encoder.conv1"), (3, "encoder.conv2")):
+        replace_stage(run, f"encoder.conv{i}", [before, *inputs], partial(convolve, run, i))
+
+
+def convolve_to(run: Run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
+    """Convolution i of chunks that end after so many frames: 0 behind their ends."""
+    x = convolve(run, i, x)
+    # Zeros behind a chunk's end are what the next convolution takes to be outside.
+    beyond = torch.arange(x.shape[-1]) >= (frames[:, None] / 2**i).ceil()  # [C, t]
+    return x.masked_fill(beyond[:, None, None].to(x.device), 0)
+
+
 @mistake("clips-padded-alone", "encoder.conv*")
 def clips_padded_alone(run):
     """Each clip's chunks are padded to the longest of that clip. Right: to the longest of all
     clips' chunks; the convolutions' biases make something of that padding which reaches a tail's
     last tokens (encoder.py, split_chunks)."""
-    mels = [f"mel.{i}" for i in range(run.clips)]
 
-    def to_the_clips_longest(run, i, x, frames, *mels):
+    def to_the_clips_longest(run, i, x, *mels):
         longest = []
         for mel in mels:
             of_clip = chunk_frames(run, mel)
             longest += [of_clip.max()] * len(of_clip)
         return convolve_to(run, i, x, torch.stack(longest))
 
-    for i, before in ((1, "chunks"), (2, "encoder.conv1"), (3, "encoder.conv2")):
-        inputs = [before, "frames", *mels]
-        replace_stage(run, f"encoder.conv{i}", inputs, partial(to_the_clips_longest, run, i))
+    mels = [f"mel.{i}" for i in range(run.clips)]
+    replace_convolutions(run, mels, to_the_clips_longest)
 
 
 @mistake("full-clip-attention", "frames", "chunks")
@@ -240,21 +256,12 @@ def positions_not_restarted(run):
     run.swap(run, "positions", going_on)
 
 
-def convolve_to(run: Run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Convolution i of chunks that end after so many frames: 0 behind their ends."""
-    x = convolve(run, i, x, frames)
-    # Zeros behind a chunk's end are what the next convolution takes to be outside.
-    beyond = torch.arange(x.shape[-1]) >= (frames[:, None] / 2**i).ceil()  # [C, t]
-    return x.masked_fill(beyond[:, None, None].to(x.device), 0)
-
-
 @mistake("tail-not-padded", "encoder.conv*")
 def tail_not_padded(run):
     """Each chunk is convolved at its own length. Right: all are padded with zeros to the longest,
     and the convolutions' biases make something of that padding which reaches the tail's last tokens
     (encoder.py, split_chunks)."""
-
-    run.swap(run, "convolve", convolve_to)
+    replace_convolutions(run, ["frames"], convolve_to)
 
 
 @mistake("gelu-tanh-stem", "encoder.conv*")

@@ -123,23 +123,16 @@ def log_spectrum(
 
 
 def log_mel(
-    wave: torch.Tensor,
-    *others: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
-    truncate: bool = False,
-    **parts,
+    wave: torch.Tensor, *others: torch.Tensor, rounded: Callable = torch.Tensor.bfloat16, **parts
 ) -> torch.Tensor:
     """Returns encoder.log_mel of float32 [samples] in float32, [128, T]; parts can be replaced.
 
-    others: sounds whose maximum counts for the floor, too. dtype: to which it is rounded.
-    truncate: drop a float32's lower 16 bits instead. parts: arguments of log_spectrum.
+    others: sounds whose maximum counts for the floor, too. rounded: what rounds it. parts:
+    arguments of log_spectrum.
     """
     mel = log_spectrum(wave, **parts)
     top = max(x.max() for x in (mel, *[log_spectrum(other, **parts) for other in others]))
-    mel = torch.from_numpy((np.maximum(mel, top - 8) + 4) / 4)
-    if truncate:
-        mel = (mel.view(torch.int32) & -65536).view(torch.float32)
-    return mel.to(dtype).float()
+    return rounded(torch.from_numpy((np.maximum(mel, top - 8) + 4) / 4)).float()
 
 
 def chunk_frames(run, *mels: torch.Tensor) -> torch.Tensor:
@@ -173,11 +166,9 @@ def in_batches(run, function: Callable, *tensors: torch.Tensor) -> torch.Tensor:
     return torch.cat([function(*batch) for batch in zip(*parts)])
 
 
-def convolve(run, i: int, x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
-    """Convolution i, from 1, and GELU: [C, channels, bands, t] to half the bands and frames.
-
-    It does not look at how many frames are sound: a tail's padding is convolved like sound.
-    """
+def convolve(run, i: int, x: torch.Tensor) -> torch.Tensor:
+    """Convolution i, from 1, and GELU: [C, channels, bands, t] to half the bands and frames. A
+    tail's padding is convolved like sound."""
     audio = run.model.audio_encoder
     conv = getattr(audio, f"conv{i}")
 
@@ -300,7 +291,7 @@ def embed(run, ids: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
 def layer_with_rows(
     run, layer: nn.Module, x: torch.Tensor, cache: KVCache, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Returns what leaves a decoder layer, with DeepStack's rows added: all [1, N, D]."""
+    """Returns what leaves a decoder layer, [1, N, D], with DeepStack's rows [N, D] added."""
     if run.rows_at == "input":
         return layer(x + rows, cache)
     if run.rows_at == "mlp":
@@ -331,11 +322,11 @@ def decoder_layer(
 
 
 def deepstack_rows(run, x: torch.Tensor, ids: torch.Tensor, *deepstack: torch.Tensor):
-    """Returns what DeepStack adds to a prompt's [N, D], as [1, N, D]: zeros without a merger."""
+    """Returns what DeepStack adds to a prompt's [N, D], as [N, D]: zeros without a merger."""
     rows = torch.zeros_like(x)
     if deepstack:
         rows = splice(rows, run.order(run, ids, deepstack[0]), run.places(run, ids))
-    return rows[None]
+    return rows
 
 
 def add_inside_decoder(run, add: Callable, i: int, cache_for: Callable, inputs: list[str]) -> str:
@@ -348,7 +339,7 @@ def add_inside_decoder(run, add: Callable, i: int, cache_for: Callable, inputs: 
 
     def rows_at(place, x, *mergers):
         """DeepStack's rows [N, D] if they are added in that place, or else 0."""
-        return deepstack_rows(run, x, *mergers)[0] if run.rows_at == place else 0
+        return deepstack_rows(run, x, *mergers) if run.rows_at == place else 0
 
     def projected(proj, norm, h):
         """Queries or keys of all heads, normalised and turned: [N, heads x hd]."""
@@ -452,7 +443,6 @@ class Run:
     time_markers: bool | None
     clips: int
     mel_parts: dict[str, Any] = field(default_factory=dict)  # arguments of log_mel
-    convolve: Callable = convolve
     sinusoids: Callable = sinusoids
     positions: Callable = chunk_positions
     tap: Callable = tap
@@ -528,7 +518,7 @@ def add_encoder(run: Run, add: Callable, mels: list[str]) -> None:
     add("frames", mels, chunk_frames, run)
     x = add("chunks", mels, padded_chunks, run)
     for i in (1, 2, 3):
-        x = add(f"encoder.conv{i}", [x, "frames"], run.convolve, run, i)
+        x = add(f"encoder.conv{i}", [x], convolve, run, i)
     outputs = [add("encoder.stem", [x, "frames"], stem, run)]
     for i in range(len(audio.layers)):
         name = f"encoder.layers.{i}"
