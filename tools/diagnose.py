@@ -9,7 +9,7 @@ is found. Shapes: A audio tokens, N prompt tokens, D width.
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -136,15 +136,15 @@ ORDERS = {  # axes -> other orders of them
 }
 
 
+@dataclass
 class Port:
-    """A port's stages by our names, as they are in its file, and notes of how they are read."""
+    """A port's stages by our names, as they are in its file."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor], unknown: list[str], notes: dict[str, str]):
-        self.tensors = tensors
-        self.unknown = unknown
-        self.notes = notes
-        self.fitted = {}
-        self.held = {}
+    tensors: dict[str, torch.Tensor]
+    unknown: list[str] = field(default_factory=list)  # names in the file that are no stage's
+    notes: dict[str, str] = field(default_factory=dict)  # how stages were read
+    fitted: dict = field(default_factory=dict)  # what fit has found
+    held: dict = field(default_factory=dict)  # stages as the model holds them
 
     def fit(self, name: str, ours: torch.Tensor, tokens: list[int]) -> torch.Tensor | None:
         """Returns a stage in the shape of ours (of logits, maybe their last row), or None.
