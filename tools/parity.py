@@ -520,22 +520,16 @@ def prompt_difference(both: Both) -> tuple[int, str]:
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
 
 
-def in_a_clip(reference: Reference, token: int) -> str:
-    """Returns in words in which clip and chunk an audio token is."""
-    audio, begin, _ = reference.metadata["audio_ids"]
-    clips = []  # each one's audio tokens
-    for i in reference.tensors["input_ids"].tolist():
-        if i == begin:
-            clips.append(0)
-        elif i == audio:
-            clips[-1] += 1
+def which_chunk(reference: Reference, chunk: int) -> str:
+    """Returns a chunk in words: its clip, if there are several, and which of the clip's it is."""
+    clips = [clip for what, clip in what_ids_are(reference) if what == "an audio token"]
     tokens = reference.metadata["chunk_tokens"]
-    starts = np.cumsum([0, *tokens])  # of the chunks
-    chunk = int(np.searchsorted(starts, token, side="right")) - 1
-    clip = int(np.searchsorted(np.cumsum(clips), token, side="right"))
-    number = chunk - int(np.searchsorted(starts, sum(clips[:clip])))  # in the clip
+    starts = np.cumsum([0, *tokens[:-1]])
+    clip_of_chunk = [clips[start] for start in starts]
+    clip = clip_of_chunk[chunk]
+    number = clip_of_chunk[:chunk].count(clip)
     which = f"the {ORDINALS[number]} chunk" if number < len(ORDINALS) else f"chunk {number + 1}"
-    return f"clip {clip + 1}, its {which.removeprefix('the ')}" if len(clips) > 1 else which
+    return f"clip {clip}, its {which.removeprefix('the ')}" if clips[-1] > 1 else which
 
 
 def since_when(name: str, since: int, reference: Reference) -> str:
@@ -544,12 +538,13 @@ def since_when(name: str, since: int, reference: Reference) -> str:
     said = f"from {unit} {since} on"
     clips = len(reference.metadata["sounds"])
     tokens = reference.metadata["chunk_tokens"]
-    firsts = np.cumsum([0, *tokens])
     if unit == "token" and len(tokens) > 1:
-        where = "the first token of" if since in firsts else "in"
-        said += f", {where} {in_a_clip(reference, since)}"
+        ends = np.cumsum(tokens)  # of the chunks
+        where = "the first token of" if since in (0, *ends) else "in"
+        chunk = int(np.searchsorted(ends, since, side="right"))
+        said += f", {where} {which_chunk(reference, chunk)}"
     if unit == "chunk" and clips > 1:
-        said += f", {in_a_clip(reference, firsts[since])}"
+        said += f", {which_chunk(reference, since)}"
     if unit in ("sample", "frame") and clips > 1:
         said += f", of clip {int(name.rpartition('.')[2]) + 1}"
     if unit == "position":
