@@ -71,8 +71,8 @@ from stages import (
 FORMAT = "moss-min parity"
 VERSION = "2"
 READ = ("1", "2")  # 1 has no step_logits and does not say when an answer ends
-PLAIN = ("format", "version", "prompt", "dtype", "config")  # the metadata that is not JSON
-LISTS = ("sounds", "chunk_tokens", "audio_ids")
+PLAIN = {"format", "version", "prompt", "dtype", "config"}  # the metadata that is not JSON
+QUESTION = "Describe this audio."
 
 
 def write(
@@ -150,9 +150,8 @@ def dump(args: argparse.Namespace) -> int:
         "versions": {"python": platform.python_version(), **versions},
         "axes": {name: KINDS[kind(name)].axes for name in kept},
     }
-    for key in metadata:
-        if key not in PLAIN:
-            metadata[key] = json.dumps(metadata[key])
+    for key in metadata.keys() - PLAIN:
+        metadata[key] = json.dumps(metadata[key])
     write(Path(args.out), metadata, stages(), len(kept))
     tokens = len(prompt.ids)
     print(f"{args.out}: {len(kept)} stages of a prompt of {tokens} tokens, in {args.dtype}")
@@ -239,16 +238,15 @@ def read_reference(path: Path) -> Reference:
     message = f"{path} is of version {version}; expected {' or '.join(READ)}: dump it again"
     require(version in READ, message)
     try:
-        for key in metadata:
-            if key not in PLAIN:
-                metadata[key] = json.loads(metadata[key])
-        good = all(type(metadata[key]) is list for key in LISTS) and len(metadata["audio_ids"]) == 3
-        good = good and metadata["dtype"] in TOLERANCES and 0 <= metadata["injected"] < 1000
+        for key in metadata.keys() - PLAIN:
+            metadata[key] = json.loads(metadata[key])
+        numbers = metadata["chunk_tokens"] + metadata["audio_ids"] + metadata.get("stop_ids", [])
+        numbers += [metadata["injected"], metadata.get("max_new_tokens", 1)]
+        good = all(type(x) is int for x in numbers) and 0 <= metadata["injected"] < 1000
+        good = good and type(metadata["sounds"]) is list and len(metadata["audio_ids"]) == 3
+        good = good and metadata["dtype"] in TOLERANCES
         good = good and metadata["time_markers"] in (None, False, True)
         good = good and {"prompt", "config"} <= metadata.keys()
-        stops = metadata.get("stop_ids", [])
-        good = good and type(stops) is list and all(type(token) is int for token in stops)
-        good = good and type(metadata.get("max_new_tokens", 1)) is int
         require(good, "a value of another kind than dump writes")
         for name in metadata["axes"]:
             axes = KINDS[kind(name)].axes.split(", ")
