@@ -19,7 +19,7 @@ import platform
 import struct
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -105,7 +105,7 @@ def dump(args: argparse.Namespace) -> int:
     text = args.prompt
     if text is None:
         audio = audio or [str(TINY / "telephone.wav")]
-        text = "Describe this audio."
+        text = QUESTION
     waves = [load_audio(name) for name in audio]
     if waves:
         warn_of_blind_spots([len(wave) // HOP for wave in waves])
@@ -855,41 +855,21 @@ def how_far(walked: Walk) -> str:
 
 # ---- command line ----
 
+DEVICE = "auto (CUDA if there is one, else MPS, else the CPU), cuda, mps or cpu"
+NAMES = '{"port\'s name": "our name"}, {i} standing for a number in both'
+JSON = "print JSON alone"
 
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Adds the commands that have modules of their own."""
-    names = '{"port\'s name": "our name"}, {i} standing for a number in both'
-    command = commands.add_parser("weights", help="say whether a port has read the weights right")
-    command.set_defaults(run=weights.run)
-    add = command.add_argument
-    add("folder", metavar="FOLDER", help="checkpoint folder")
-    add("port", nargs="?", metavar="PORT.json", help="a port's sums, as --json prints them")
-    add("--names", metavar="MAP.json", help=names)
-    add("--json", action="store_true", help="print JSON alone")
 
-    for name, run, purpose in (
-        ("ids", prompts.show_ids, "print a prompt's ids, without loading weights"),
-        ("server", server.run, "say whether a server answers as the model does"),
-    ):
-        command = commands.add_parser(name, help=purpose)
-        command.set_defaults(run=run)
-        add = command.add_argument
-        if name == "server":
-            add("url", metavar="URL", help="http://localhost:8000, with or without /v1")
-        add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
-        add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (that in tiny/)")
-        question = "Describe this audio."
-        add("--prompt", default=question, metavar="TEXT", help="what to ask (%(default)s)")
-        if name == "ids":
-            markers = {"action": "store_const", "const": False, "help": "no seconds in the prompt"}
-            add("--no-time-markers", dest="time_markers", **markers)
-            add("--json", action="store_true", help="print JSON alone")
-        else:
-            add("--name", metavar="MODEL", help="which of the server's models (the first)")
-            add("--max-new-tokens", type=int, default=64, metavar="N", help="(%(default)s)")
-            dtypes = "what it computes in: float32 (the default), float16 or bfloat16"
-            add("--server-dtype", default="float32", metavar="T", help=dtypes)
-            add("--device", default="auto", metavar="D", help="the model's: auto, cuda, mps or cpu")
+def add_question(add: Callable, prompt: str | None) -> None:
+    """Adds the options of what a model is asked. prompt: the default."""
+    add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
+    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (that in tiny/)")
+    add("--prompt", default=prompt, metavar="TEXT", help=f"what to ask ({QUESTION})")
+
+
+def add_no_time_markers(add: Callable) -> None:
+    markers = "no seconds in the prompt"
+    add("--no-time-markers", dest="time_markers", action="store_const", const=False, help=markers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -900,22 +880,22 @@ def main(argv: list[str] | None = None) -> int:
 def run_command(argv: list[str] | None) -> int:
     parser = Parser("parity.py", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, prog="parity.py")
-    device = "auto (CUDA if there is one, else MPS, else the CPU), cuda, mps or cpu"
 
-    command = commands.add_parser("dump", help="write every stage of a greedy run")
-    command.set_defaults(run=dump)
-    add = command.add_argument
-    add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
+    def command(name: str, run: Callable, purpose: str) -> Callable:
+        """Adds a command; returns the function that adds its options."""
+        added = commands.add_parser(name, help=purpose)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    add = command("dump", dump, "write every stage of a greedy run")
+    add_question(add, prompt=None)
     add("-o", "--out", required=True, metavar="FILE", help="the reference, a .safetensors")
-    add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (that in tiny/)")
-    add("--prompt", metavar="TEXT", help="what to ask; with AUDIO: Describe this audio.")
     dtypes = "of weights and arithmetic: float32 (the default), float16 or bfloat16"
     add("--dtype", default="float32", metavar="T", help=dtypes)
-    add("--device", default="auto", metavar="D", help=device)
+    add("--device", default="auto", metavar="D", help=DEVICE)
     count = "how many ids to generate, greedily (%(default)s)"
     add("--max-new-tokens", type=int, default=16, metavar="N", help=count)
-    markers = "no seconds in the prompt"
-    add("--no-time-markers", dest="time_markers", action="store_const", const=False, help=markers)
+    add_no_time_markers(add)
     layers = "inside these layers, too (norm, q, k, v, attention, MLP): encoder.0,decoder.3"
     add("--inside", metavar="LAYER,...", help=layers)
     globs = "only these, besides the sound and the prompt's ids: encoder.*,logits"
@@ -925,23 +905,39 @@ def run_command(argv: list[str] | None) -> int:
         (compare, "say where a port first differs"),
         (diagnose, "say which known mistake explains it"),
     ):
-        command = commands.add_parser(run.__name__, help=purpose)
-        command.set_defaults(run=run)
-        add = command.add_argument
-        files = "the port's stages: a .safetensors, an .npz, or a folder of .npy"
-        own = "checkpoint folder, for stages' own errors"
-        names = '{"port\'s name": "our name"}, {i} standing for a number in both'
+        add = command(run.__name__, run, purpose)
         add("reference", metavar="REFERENCE", help="what dump wrote")
+        files = "the port's stages: a .safetensors, an .npz, or a folder of .npy"
         add("port", metavar="PORT", help=files)
+        own = "checkpoint folder, for stages' own errors"
         add("--model", required=run is diagnose, metavar="FOLDER", help=own)
-        add("--device", default="auto", metavar="D", help=device)
+        add("--device", default="auto", metavar="D", help=DEVICE)
         dtypes = "what the port computes in (as the reference): float32, float16 or bfloat16"
         add("--port-dtype", metavar="T", help=dtypes)
         passes = "what passes, over a stage's largest value (depends on the dtype)"
         add("--rtol", type=float, metavar="X", help=passes)
-        add("--names", metavar="MAP.json", help=names)
-        add("--json", action="store_true", help="print JSON alone")
-    add_commands(commands)
+        add("--names", metavar="MAP.json", help=NAMES)
+        add("--json", action="store_true", help=JSON)
+
+    add = command("weights", weights.run, "say whether a port has read the weights right")
+    add("folder", metavar="FOLDER", help="checkpoint folder")
+    add("port", nargs="?", metavar="PORT.json", help="a port's sums, as --json prints them")
+    add("--names", metavar="MAP.json", help=NAMES)
+    add("--json", action="store_true", help=JSON)
+
+    add = command("ids", prompts.show_ids, "print a prompt's ids, without loading weights")
+    add_question(add, QUESTION)
+    add_no_time_markers(add)
+    add("--json", action="store_true", help=JSON)
+
+    add = command("server", server.run, "say whether a server answers as the model does")
+    add("url", metavar="URL", help="http://localhost:8000, with or without /v1")
+    add_question(add, QUESTION)
+    add("--name", metavar="MODEL", help="which of the server's models (the first)")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="(%(default)s)")
+    dtypes = "what it computes in: float32 (the default), float16 or bfloat16"
+    add("--server-dtype", default="float32", metavar="T", help=dtypes)
+    add("--device", default="auto", metavar="D", help=DEVICE)
     args = parser.parse_args(argv)
     return args.run(args)
 
