@@ -116,22 +116,23 @@ def dump(args: argparse.Namespace) -> int:
     names = [name for name in table(run) if name not in HIDDEN] + [*ANSWER]
     kept = chosen(names, args.stages.split(",") if args.stages else ["*"])
     sampling = Sampling(args.max_new_tokens)
-    if set(kept) & set(ANSWER):
+    answers = [name for name in ANSWER if name in kept]
+    if answers:
         sampling = model.fit(prompt, sampling)
 
     def stages() -> Iterator[tuple[str, torch.Tensor]]:
         given = {f"waveform.{i}": wave for i, wave in enumerate(waves)}
-        left = set(kept) - set(ANSWER)
+        left = set(kept) - set(answers)
         for name, x in compute(run, given):
             if name in left:
                 yield name, x
                 left.remove(name)
             if not left:
                 break
-        if set(kept) & set(ANSWER):
+        if answers:
             ids, rows = greedy(model, prompt, sampling.max_new_tokens)
             answer = {"step_logits": rows, "generated": ids}
-            yield from [(name, answer[name]) for name in ANSWER if name in kept]
+            yield from [(name, answer[name]) for name in answers]
 
     versions = {"torch": torch.__version__, "numpy": np.__version__}
     metadata = {
@@ -273,7 +274,7 @@ def read_port(path: Path, map_path: str | None) -> Port:
         tensors[name] = x.float() if x.dtype == torch.float64 else x
     found = f"none of its {len(unknown)} tensors ({', '.join(unknown[:3])}) has the name of a stage"
     require(tensors, f"{path}: {found}; expected some like encoder.layers.0, or --names")
-    return Port(tensors, unknown, {})
+    return Port(tensors, unknown)
 
 
 # ---- what is compared ----
@@ -350,8 +351,8 @@ def own_answer(run: Run, reference: Reference) -> torch.Tensor:
     """Returns the model's greedy ids, [n]."""
     waves = [x for name, x in reference.tensors.items() if kind(name) == "waveform"]
     prompt = run.model.prompt(run.text, waves, run.time_markers)
-    ids, _ = greedy(run.model, prompt, run.max_new_tokens or 16)
-    return ids
+    most = run.max_new_tokens or 16
+    return torch.tensor(list(run.model.generate(prompt, most, temperature=0)))
 
 
 def what_passes(reference: Reference, port: Port, args: argparse.Namespace) -> Tolerance:
@@ -446,11 +447,10 @@ def judge_without_a_model(both: Both) -> Difference:
 
 def likeness(x: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
     """Returns the difference's root mean square, over the exact values', and the cosine."""
-    x = x.double()
-    exact = exact.to(x)
-    norm = float(exact.norm()) or 1.0
-    cosine = float((x * exact).sum()) / (norm * float(x.norm()) or 1.0)
-    return float((x - exact).norm()) / norm, cosine
+    x = x.double().flatten()
+    exact = exact.to(x).flatten()
+    rms = float((x - exact).norm()) / (float(exact.norm()) or 1.0)
+    return rms, float(torch.cosine_similarity(x, exact, dim=0))
 
 
 def with_rows(both: Both) -> Port:
@@ -670,11 +670,12 @@ def compare(args: argparse.Namespace) -> int:
             first = wrong[0].name
             since = wrong[0].decides.since
     misread = weights_look_misread(both.rows)
+    nmse, cosine = logits_figures(both)
     if args.json:
         stages = [as_json(row) for row in both.rows]
         answer = {"equal": first is None, "first": first, "since": since, "stages": stages}
         answer["weights_look_misread"] = misread
-        answer["nmse"], answer["worst_cosine"] = map(number, logits_figures(both))
+        answer |= {"nmse": number(nmse), "worst_cosine": number(cosine)}
         print(json.dumps(answer))
     else:
         if misread:
@@ -684,7 +685,6 @@ def compare(args: argparse.Namespace) -> int:
         print(sentence)
         if first:
             print("`diagnose` tries which known mistake explains it.")
-        nmse, cosine = logits_figures(both)
         if math.isfinite(nmse):
             print(f"logits: NMSE {figure(nmse)}, the worst token's cosine {cosine:.7f}")
     return int(first is not None)
