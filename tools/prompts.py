@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from decoding import common_count
 from encoder import HOP, load_audio, require
 from moss_min import CLIP, PLACEHOLDER, SYSTEM, USER, MossAudio, load_tokenizer, read_config
 
@@ -61,7 +61,7 @@ def where_prompts_part(
     audio = special[0]
     expected = ours.count(audio)
     count = theirs.count(audio)
-    at = len(os.path.commonprefix([ours, theirs]))
+    at = common_count(ours, theirs)
     if expected and not count:
         means = f"there is no audio token, {audio}: the placeholder was read as text"
     elif count != expected:
