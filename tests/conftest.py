@@ -16,9 +16,10 @@ import pytest
 import soundfile
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from encoder import load_audio
-from moss_min import MossAudio, Prompt, main
+from moss_min import TINY, MossAudio, Prompt, main
 
 HERE = Path(__file__).parent
 GOLDEN = HERE / "golden"
@@ -57,6 +58,12 @@ def pytest_terminal_summary(terminalreporter):
 def golden_model(checkpoint: str = "checkpoint", dtype: str = "float32") -> MossAudio:
     """The golden checkpoint ("checkpoint" or "variant/checkpoint") on the CPU."""
     return MossAudio.from_pretrained(GOLDEN / checkpoint, device="cpu", dtype=dtype)
+
+
+@functools.cache
+def tiny() -> MossAudio:
+    """The checkpoint that ships, on the CPU."""
+    return MossAudio.from_pretrained(TINY, device="cpu")
 
 
 @functools.cache
@@ -99,6 +106,9 @@ draws_as_upstream = pytest.mark.skipif(
 )
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
 def write_clip(path: Path, wave) -> Path:
     """A clip as a 16-kHz file, no bit lost."""
     soundfile.write(path, np.asarray(wave), 16_000, subtype="FLOAT")
@@ -109,21 +119,39 @@ def noise(samples: int) -> np.ndarray:
     return (0.25 * np.random.default_rng(0).standard_normal(samples)).astype(np.float32)
 
 
-# ---- the command line ----
+# ---- what is refused ----
+
+
+def refusal(call, *args, **options) -> str:
+    """The sentence of the ValueError that a call has to raise."""
+    with pytest.raises(ValueError) as caught:
+        call(*args, **options)
+    assert caught.type is ValueError  # not a library's UnicodeDecodeError, say
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
 
 
 @pytest.fixture
-def complaint(capfd):
-    """What the command line says, in its one line, of arguments that it has to refuse."""
+def refused(capfd):
+    """The line in which a program refuses its arguments, after those on progress."""
 
-    def complaint(*argv) -> str:
+    def refused(main, *argv) -> str:
         capfd.readouterr()
-        assert main(["--device", "cpu", "--quiet", *map(str, argv)]) == 2
+        assert main([*map(str, argv)]) == 2
         out, err = capfd.readouterr()
-        assert out == "" and re.fullmatch(r"moss_min: .{1,380}\n", err)
-        return err
+        *progress, line = err.splitlines()
+        assert out == "" and all(told.startswith(("loading ", "checked ")) for told in progress)
+        assert re.fullmatch(rf"{main.__module__}: .{{1,380}}", line)
+        return line
 
-    return complaint
+    return refused
+
+
+@pytest.fixture
+def complaint(refused):
+    """The line in which moss_min.py refuses its arguments."""
+    return functools.partial(refused, main, "--device", "cpu", "--quiet")
 
 
 # ---- a browser ----
@@ -172,6 +200,28 @@ def edit_json(path: Path, **values) -> None:
         else:
             target[key] = value
     path.write_text(json.dumps(data))
+
+
+# ---- files of the tools ----
+
+
+def message(role: str, kind: str, content) -> dict:
+    return {"role": role, "message_type": kind, "content": content}
+
+
+def data_line(clips, prompt: str, answer: str, **more) -> dict:
+    """A line of upstream's training format."""
+    turns = [message("user", "audio", str(clip)) for clip in clips]
+    turns += [message("user", "text", prompt), message("assistant", "text", answer)]
+    return {"conversation": turns} | more
+
+
+def rewrite_dump(dump: Path, target: Path, tensors: dict, **metadata: str | None) -> Path:
+    """Writes other tensors with a dump's metadata, some of it changed; None takes one away."""
+    with safe_open(dump, "pt") as file:
+        said = file.metadata() | metadata
+    save_file(tensors, target, {key: value for key, value in said.items() if value is not None})
+    return target
 
 
 # ---- measures ----

@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moss_min
-from conftest import FOLDER, JFK, edit_json, golden_case, golden_model, golden_prompt, write_clip
+from conftest import (
+    FOLDER,
+    JFK,
+    edit_json,
+    golden_case,
+    golden_model,
+    golden_prompt,
+    refusal,
+    write_clip,
+)
 from moss_min import MossAudio, load_tokenizer, read_config
 from sample import Sampling
 
@@ -20,17 +29,9 @@ SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 PLACEHOLDER = "<|audio_bos|><|AUDIO|><|audio_eos|>"
 
 
-def sentence(call, *args, **options) -> str:
-    """The message of the ValueError that a call has to raise."""
-    with pytest.raises(ValueError) as caught:
-        call(*args, **options)
-    assert caught.type is ValueError  # not a library's UnicodeDecodeError, say
-    return str(caught.value)
-
-
-def refusal(folder) -> str:
+def said_of(folder) -> str:
     """Why a checkpoint folder is refused, without its path."""
-    return sentence(MossAudio.from_pretrained, folder, device="cpu").replace(str(folder), "")
+    return refusal(MossAudio.from_pretrained, folder, device="cpu").replace(str(folder), "")
 
 
 # ---- folders and their JSON files ----
@@ -42,18 +43,14 @@ def refusal(folder) -> str:
 def test_what_is_not_a_checkpoint_folder_is_refused(name, word, tmp_path, complaint):
     (tmp_path / "a file").write_text("{}")
     (tmp_path / "empty").mkdir()
-    assert word in refusal(tmp_path / name)
+    assert word in said_of(tmp_path / name)
     assert word in complaint("--model", tmp_path / name, "--prompt", "Hello")
 
 
 def test_a_folder_with_pickles_only_is_refused(checkpoint):
     for path in checkpoint.glob("model*"):
         path.rename(checkpoint / "pytorch_model.bin")
-    assert "model.safetensors" in refusal(checkpoint)
-
-
-def test_one_line_is_enough_for_a_long_name_with_line_ends(complaint, tmp_path):
-    complaint("--model", tmp_path / ("a\n" * 2000), "--prompt", "Hello")
+    assert "model.safetensors" in said_of(checkpoint)
 
 
 BAD_JSON = {
@@ -70,7 +67,7 @@ def test_a_file_that_holds_no_json_object_is_named(content, checkpoint):
     for name in [*names.split(), INDEX]:
         good = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content)
-        assert name in refusal(checkpoint)
+        assert name in said_of(checkpoint)
         (checkpoint / name).write_bytes(good)
 
 
@@ -92,7 +89,7 @@ def read_with(folder, name: str, key: str, value) -> str:
     path = folder / name
     good = path.read_text()
     edit_json(path, **{key: value})
-    said = sentence(read_config, folder)
+    said = refusal(read_config, folder)
     path.write_text(good)
     # "heads" and "key_value_heads" are one kind.
     assert key.rpartition(".")[2].replace("num_attention_heads", "heads") in said, (value, said)
@@ -185,7 +182,7 @@ def test_an_encoder_too_narrow_for_its_positions_is_refused(checkpoint):
 )
 def test_an_id_past_the_vocabulary_is_refused(name, key, value, checkpoint):
     edit_json(checkpoint / name, **{key: value})
-    assert "320" in refusal(checkpoint)
+    assert "320" in said_of(checkpoint)
 
 
 HELLO = golden_case("text_only")  # "Hello there", greedily, 24 tokens
@@ -237,7 +234,7 @@ def test_a_spoilt_shard_is_named(spoil, checkpoint):
     for name in SHARDS:
         good = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(spoil(good))
-        assert name in refusal(checkpoint)
+        assert name in said_of(checkpoint)
         (checkpoint / name).write_bytes(good)
 
 
@@ -254,7 +251,7 @@ def test_an_index_that_names_no_shard_in_the_folder_is_refused(name, checkpoint)
     if name in OUTSIDE:
         weight_map["lm_head.weight"] = name.format(parent=checkpoint.parent)
     edit_json(checkpoint / INDEX, weight_map=weight_map)
-    said = refusal(checkpoint)
+    said = said_of(checkpoint)
     assert name not in OUTSIDE or INDEX in said
     assert name not in NO_SHARDS[:2] or name in said
 
@@ -262,7 +259,7 @@ def test_an_index_that_names_no_shard_in_the_folder_is_refused(name, checkpoint)
 @pytest.mark.parametrize("weight_map", [..., None, [], "x"], ids=str)
 def test_an_index_without_a_weight_map_is_refused(weight_map, checkpoint):
     edit_json(checkpoint / INDEX, weight_map=weight_map)
-    assert "weight_map" in refusal(checkpoint)
+    assert "weight_map" in said_of(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +276,7 @@ def test_an_index_without_a_weight_map_is_refused(weight_map, checkpoint):
 )
 def test_a_tensor_that_does_not_fit_is_named(name, tensor, checkpoint, complaint):
     rewrite(checkpoint, **{name: tensor})
-    assert name in refusal(checkpoint)
+    assert name in said_of(checkpoint)
     complaint("--model", checkpoint, "--prompt", "Hello")
 
 
@@ -322,7 +319,7 @@ def test_a_damaged_or_missing_tokenizer_file_is_refused(name, checkpoint):
         (checkpoint / name).unlink(missing_ok=True)
         if content is not None:
             (checkpoint / name).write_bytes(content)
-        assert "tokenizer" in refusal(checkpoint) and name in refusal(checkpoint), content
+        assert "tokenizer" in said_of(checkpoint) and name in said_of(checkpoint), content
 
 
 def test_a_folder_saved_again_with_tokenizer_json_alone_gives_the_same_ids(checkpoint):
@@ -346,7 +343,6 @@ def test_a_folder_saved_again_with_tokenizer_json_alone_gives_the_same_ids(check
         (PLACEHOLDER, 0, "placeholder"),
         (PLACEHOLDER * 2, 1, "placeholder"),
         ("<|audio_bos|>", 0, "<|audio_bos|>"),
-        ("<|AUDIO|>", 1, "<|AUDIO|>"),
         ("<|audio_eos|>", 1, "<|audio_eos|>"),
         (PLACEHOLDER + "<|AUDIO|>", 1, "<|AUDIO|>"),
         (PLACEHOLDER + "<|vision_pad|>", 1, "token"),
@@ -355,7 +351,7 @@ def test_a_folder_saved_again_with_tokenizer_json_alone_gives_the_same_ids(check
     ],
 )
 def test_a_text_that_does_not_go_with_its_clips_is_refused(text, clips, word, complaint):
-    assert word in sentence(golden_model().prompt, text, [JFK] * clips)
+    assert word in refusal(golden_model().prompt, text, [JFK] * clips)
     assert word in complaint(*[JFK] * clips, "--model", FOLDER, "--prompt", text)
 
 
@@ -374,7 +370,7 @@ def test_a_prompt_of_as_many_tokens_as_positions_fits_for_study_but_not_to_gener
     prompt = model.prompt(HELLO.text)
     assert model(prompt).shape == (TOKENS, 320)
     line = complaint("--model", checkpoint, "--prompt", HELLO.text)
-    for said in sentence(model.generate, prompt), line:
+    for said in refusal(model.generate, prompt), line:
         assert re.search(r"\b54\b.*\b5[34]\b", said)
 
 
@@ -404,7 +400,7 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_numbers_before_a_mel_is_m
     model = with_positions(checkpoint, tokens - 1)
     monkeypatch.setattr(moss_min, "log_mel", None)
     line = complaint(clip, "--prompt", case.text, "--model", checkpoint)
-    for said in sentence(model.prompt, case.text, case.clips), line:
+    for said in refusal(model.prompt, case.text, case.clips), line:
         assert re.search(rf"\b{tokens}\b.*\b{tokens - 1}\b", said)
 
 
@@ -424,7 +420,7 @@ REFUSED_SAMPLING = {
 def test_a_sampling_argument_out_of_range_is_refused_when_it_is_given(name, complaint):
     prompt = golden_prompt("text_only")
     for value in REFUSED_SAMPLING[name]:
-        said = sentence(golden_model().generate, prompt, **{name: value})
+        said = refusal(golden_model().generate, prompt, **{name: value})
         assert name in said and str(value) in said and "expected" in said
     option = "--" + name.replace("_", "-")
     line = complaint("--prompt", "Hello", f"{option}={REFUSED_SAMPLING[name][0]}")
@@ -458,5 +454,5 @@ NO_DTYPES = ["float64", "", "torch.int8"]
 )
 def test_a_device_or_a_dtype_that_is_not_there_is_refused(option, value, word, complaint):
     options = {"device": "cpu", option: value}
-    assert word in sentence(MossAudio.from_pretrained, FOLDER, **options)
+    assert word in refusal(MossAudio.from_pretrained, FOLDER, **options)
     assert word in complaint(f"--{option}", value)

@@ -4,11 +4,10 @@ import struct
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import parity
-from conftest import FOLDER
+from conftest import FOLDER, rewrite_dump
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +19,14 @@ def dumped(tmp_path_factory):
     return path
 
 
-def refusal(capsys, reference, port) -> str:
-    capsys.readouterr()
-    assert parity.main(["compare", str(reference), str(port)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("parity: ") and err.count("\n") == 1
-    return err
+@pytest.fixture
+def refused_by_compare(refused, dumped):
+    """Why a port's file is refused, or a reference."""
 
+    def refused_by_compare(port, reference=dumped) -> str:
+        return refused(parity.main, "compare", reference, port)
 
-def rewrite(path, target, tensors=(), **metadata) -> None:
-    """Copies a reference with some tensors and metadata changed; None takes one away."""
-    with safe_open(path, "pt") as file:
-        said = file.metadata() | metadata
-    said = {key: value for key, value in said.items() if value is not None}
-    save_file(load_file(path) | dict(tensors), target, said)
+    return refused_by_compare
 
 
 @pytest.mark.parametrize(
@@ -49,17 +42,17 @@ def rewrite(path, target, tensors=(), **metadata) -> None:
         ("versions", "no JSON"),
     ],
 )
-def test_metadata_of_another_kind_is_refused(key, value, dumped, tmp_path, capsys):
-    rewrite(dumped, tmp_path / "bad.safetensors", **{key: value})
-    said = refusal(capsys, tmp_path / "bad.safetensors", dumped)
-    assert "its metadata is damaged" in said and said.endswith("dump it again\n")
+def test_metadata_of_another_kind_is_refused(key, value, dumped, tmp_path, refused_by_compare):
+    bad = tmp_path / "bad.safetensors"
+    rewrite_dump(dumped, bad, load_file(dumped), **{key: value})
+    said = refused_by_compare(dumped, reference=bad)
+    assert "its metadata is damaged" in said and said.endswith("dump it again")
 
 
-def test_a_scalar_is_no_stage_of_a_port(dumped, tmp_path, capsys):
+def test_a_scalar_is_no_stage_of_a_port(tmp_path, refused_by_compare):
     np.savez(tmp_path / "port.npz", final_norm=np.float32(1))
-    assert "final_norm is torch.float32 []; expected floats" in refusal(
-        capsys, dumped, tmp_path / "port.npz"
-    )
+    said = refused_by_compare(tmp_path / "port.npz")
+    assert "final_norm is torch.float32 []; expected floats" in said
 
 
 def npy(header: bytes) -> bytes:
@@ -78,14 +71,14 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_of_a_port_is_refused(name, dumped, tmp_path, capsys):
+def test_a_damaged_file_of_a_port_is_refused(name, tmp_path, refused_by_compare):
     (tmp_path / name).write_bytes(DAMAGED[name])
     port = tmp_path if name.endswith(".npy") else tmp_path / name
-    assert f"{port} can't be read: " in refusal(capsys, dumped, port)
+    assert f"{port} can't be read: " in refused_by_compare(port)
 
 
 @pytest.mark.parametrize("place", ["data", "method", "flags"])
-def test_a_damaged_archive_of_a_port_is_refused(place, dumped, tmp_path, capsys):
+def test_a_damaged_archive_of_a_port_is_refused(place, tmp_path, refused_by_compare):
     path = tmp_path / "port.npz"
     np.savez_compressed(path, logits=np.zeros((9, 320), np.float32))
     data = bytearray(path.read_bytes())
@@ -93,4 +86,4 @@ def test_a_damaged_archive_of_a_port_is_refused(place, dumped, tmp_path, capsys)
     at = {"data": directory - 9, "method": directory + 10, "flags": directory + 8}[place]
     data[at] ^= 1  # "flags": encrypted
     path.write_bytes(data)
-    assert f"{path} can't be read: " in refusal(capsys, dumped, path)
+    assert f"{path} can't be read: " in refused_by_compare(path)

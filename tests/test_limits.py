@@ -16,18 +16,11 @@ import torch
 
 import batch
 import moss_min
-from conftest import FOLDER, JFK, edit_json, golden_model, needs_proc, numbers_from
+from conftest import FOLDER, JFK, edit_json, golden_model, needs_proc, numbers_from, refusal
 from encoder import load_audio
 from moss_min import MossAudio, load_tokenizer, read_config, say
 
 # ---- sound ----
-
-
-def refusal(call, *args) -> str:
-    with pytest.raises(ValueError) as caught:
-        call(*args)
-    assert caught.type is ValueError and "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_samples_up_to_ten_thousand_times_full_scale_are_sound_and_no_others():
@@ -225,17 +218,6 @@ def test_a_tokenizer_that_is_not_qwens_byte_level_bpe_is_refused(change, checkpo
     change(data)
     path.write_text(json.dumps(data))
     assert "tokenizer" in refusal(MossAudio.from_pretrained, checkpoint, "cpu")
-
-
-def test_truncation_and_padding_in_a_tokenizer_json_change_nothing(checkpoint):
-    path = checkpoint / "tokenizer.json"
-    tokenizer = load_tokenizer(checkpoint)
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=100)
-    tokenizer.save(str(path))
-    model = MossAudio.from_pretrained(checkpoint, "cpu")
-    text = "Hello There, caf\u00e9 12"
-    assert model.prompt_ids(text) == golden_model().prompt_ids(text)
 
 
 def test_a_prompt_is_no_longer_than_all_positions_of_the_longest_token(monkeypatch):

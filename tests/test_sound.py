@@ -15,7 +15,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from conftest import GOLDEN, JFK, needs_proc, noise, numbers_from
+from conftest import GOLDEN, JFK, needs_proc, noise, numbers_from, refusal
 from encoder import HOP, SAMPLE_RATE, load_audio, log_mel, mel_spectrum, resample
 
 # ---- resampling ----
@@ -183,15 +183,6 @@ def test_an_mp3_that_is_cut_short_gives_no_more_than_was_decoded():
 # ---- what is refused ----
 
 
-def refusal(source) -> str:
-    """The sentence with which load_audio refuses a sound."""
-    with pytest.raises(ValueError) as error:
-        load_audio(source)
-    sentence = str(error.value)
-    assert len(sentence.splitlines()) == 1 and len(sentence) < 400
-    return sentence
-
-
 GARBAGE = np.random.default_rng(1).bytes(5000)
 NOT_SOUND = {
     "text.wav": b"This is no sound.\n" * 100,
@@ -203,15 +194,15 @@ NOT_SOUND = {
 def test_what_is_not_sound_is_refused_with_ffmpeg_and_without(name, tmp_path, monkeypatch):
     path = tmp_path / name
     path.write_bytes(NOT_SOUND[name])
-    assert name in refusal(path)
+    assert name in refusal(load_audio, path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    sentence = refusal(path)
+    sentence = refusal(load_audio, path)
     assert name in sentence and "ffmpeg" in sentence and "PATH" in sentence
     assert "<" not in sentence  # no address in memory, which would differ from run to run
 
 
 def test_a_folder_in_place_of_a_sound_is_refused_by_its_name(tmp_path):
-    sentence = refusal(tmp_path)
+    sentence = refusal(load_audio, tmp_path)
     assert str(tmp_path) in sentence and "directory" in sentence
     assert "expected a sound file" in sentence
 
@@ -230,7 +221,7 @@ def test_a_file_with_bad_samples_is_refused_by_its_name(tmp_path):
         (spoilt(-math.inf), 44_100, NOT_FINITE),
     ]:
         soundfile.write(tmp_path / "clip.wav", sound, rate, subtype="FLOAT")
-        sentence = refusal(tmp_path / "clip.wav")
+        sentence = refusal(load_audio, tmp_path / "clip.wav")
         assert all(word in sentence for word in ["clip.wav", *words]), sentence
 
 
@@ -249,7 +240,7 @@ def test_a_file_with_bad_samples_is_refused_by_its_name(tmp_path):
 )
 def test_a_bad_array_is_refused(array, words):
     for source in (np.asarray(array), torch.as_tensor(array)):
-        sentence = refusal(source)
+        sentence = refusal(load_audio, source)
         assert all(word in sentence for word in words), sentence
         assert not sentence.startswith("None"), sentence  # a tensor has a name, and it is None
 
@@ -314,7 +305,7 @@ def test_ffmpeg_reads_lossless_sound_to_the_bit_whatever_its_name(tmp_path, monk
 @needs_ffmpeg
 def test_a_film_without_sound_is_refused(tmp_path):
     path = make(tmp_path / "silent.mp4", *PICTURE, "-map", "1:v")
-    assert "silent.mp4: there is no sound in it" in refusal(path)
+    assert "silent.mp4: there is no sound in it" in refusal(load_audio, path)
 
 
 PLAYLISTS = {
@@ -331,7 +322,7 @@ def test_a_playlist_that_names_another_file_is_refused(kind, tmp_path, monkeypat
     for other in ("other.ts", f"{tmp_path}/other.ts", f"file:{tmp_path}/other.ts"):
         for name in ("list.m3u8", "list.m4a"):
             Path(name).write_text(PLAYLISTS[kind].format(other))
-            assert name in refusal(name)
+            assert name in refusal(load_audio, name)
 
 
 # ---- log-mel ----
