@@ -20,7 +20,16 @@ from safetensors.torch import load_file, save_file
 import common
 import train
 from common import random_model
-from conftest import FOLDER, GOLDEN, JFK, edit_json, golden_model, write_clip
+from conftest import (
+    FOLDER,
+    GOLDEN,
+    JFK,
+    data_line,
+    edit_json,
+    golden_model,
+    refusal,
+    write_clip,
+)
 from lora import lora_change
 from moss_min import MossAudio, load_audio
 from train import SummedLoss, hidden_states, main, make_sample, save_checkpoint
@@ -47,12 +56,6 @@ def jfk(seconds: float, skip: int = 0) -> torch.Tensor:
     return load_audio(JFK)[skip:][: int(16_000 * seconds)]
 
 
-def data_line(clip, answer: str = "yes", prompt: str = PROMPT) -> dict:
-    turns = ("user", "audio", str(clip)), ("user", "text", prompt), ("assistant", "text", answer)
-    keys = "role", "message_type", "content"
-    return {"conversation": [dict(zip(keys, turn)) for turn in turns]}
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Five clips of 0.3 to 9 s, under paths that are relative to the file."""
@@ -60,8 +63,8 @@ def data(tmp_path_factory) -> Path:
     (folder / "clips").mkdir()
     for i, seconds in enumerate(SECONDS):
         write_clip(folder / "clips" / f"{i}.wav", jfk(seconds, 8000 * i))
-    lines = [json.dumps(data_line(f"clips/{i}.wav", answer)) for i, answer in enumerate(ANSWERS)]
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [data_line([f"clips/{i}.wav"], PROMPT, answer) for i, answer in enumerate(ANSWERS)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     return folder / "train.jsonl"
 
 
@@ -85,13 +88,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def refusal(capsys, argv: list[str]) -> str:
-    """The one line on stderr of a command line that is refused."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("train: ")
-    return err
+def saved_step(out: Path) -> int:
+    """The step of a training's saved state."""
+    return common.read_run(out / "training" / "state.safetensors", {})["step"]
 
 
 def load(folder: Path = FOLDER, dtype: str = "float32", lora: Path | None = None) -> MossAudio:
@@ -417,8 +416,9 @@ def test_weights_that_a_stopped_training_did_not_write_are_written(kind, finishe
     assert path.read_bytes() == right
 
 
-def test_going_on_with_other_arguments_is_refused(full_run, data, capsys):
-    said = refusal(capsys, arguments(data, full_run, "--steps", 4, "--batch", 2, "--lr", 2e-3))
+def test_going_on_with_other_arguments_is_refused(full_run, data, refused):
+    other = arguments(data, full_run, "--steps", 4, "--batch", 2, "--lr", 2e-3)
+    said = refused(main, *other)
     assert "another steps, lr" in said and "--out" in said
 
 
@@ -450,24 +450,19 @@ def test_a_batch_is_the_same_as_accumulated_passes_and_as_processes(data, tmp_pa
     assert contents(tmp_path / "processes").keys() == REST | {"model.safetensors"}
 
 
-def failing_save(after: int):
-    """A save_file that, from its call number `after` on, leaves half a file, as on a full disk."""
-    calls = []
-
-    def save(tensors, path, metadata=None):
-        calls.append(path)
-        if len(calls) > after:
-            Path(path).write_bytes(b"half a file")
-            raise OSError("no space left")
-        save_file(tensors, path, metadata)
-
-    return save
-
-
 def test_a_checkpoint_stays_whole_when_writing_the_next_one_fails(tmp_path, monkeypatch):
     save_checkpoint(golden_model(), tmp_path, FOLDER, shard_bytes=300_000)
     before = contents(tmp_path)
-    monkeypatch.setattr(common, "save_file", failing_save(1))
+    calls = []
+
+    def save_one_file(tensors, path, metadata):
+        if calls:
+            Path(path).write_bytes(b"half a file")
+            raise OSError("no space left")
+        calls.append(path)
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(common, "save_file", save_one_file)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(random_model(FOLDER, 0), tmp_path, FOLDER, shard_bytes=300_000)
     assert contents(tmp_path) == before
@@ -526,15 +521,6 @@ def test_a_save_that_is_killed_anywhere_leaves_the_old_checkpoint_or_the_new(
     assert "refused" not in found or theta != 1e6
 
 
-def test_a_state_stays_whole_when_writing_the_next_one_fails(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "save_file", failing_save(1))
-    argv = "--steps", 2, "--batch", 1, "--save-every", 1
-    assert main(arguments(data, tmp_path, *argv)) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "train: no space left"
-    with safe_open(tmp_path / "training" / "state.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["run"])["step"] == 1
-
-
 def test_training_stops_at_the_first_loss_that_is_not_finite_and_saves_nothing_of_it(
     data, tmp_path, monkeypatch, capsys
 ):
@@ -550,55 +536,46 @@ def test_training_stops_at_the_first_loss_that_is_not_finite_and_saves_nothing_o
     assert f"step {step}: the loss is nan" in said and "data line [3]" in said
     assert os.listdir(tmp_path) == ["training"]
     assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, step))
-    with safe_open(tmp_path / "training" / "state.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["run"])["step"] == step - 1
+    assert saved_step(tmp_path) == step - 1
 
 
 @pytest.fixture
 def stopped(finished) -> tuple[Path, list[str]]:
     """A training's folder with the state after two of three steps, and its arguments."""
     out, argv = finished
-    rewrite(out, lambda tensors, run: run.update(step=2))
+    rewrite(out, {})
     return out, argv
 
 
-def rewrite(out: Path, change) -> None:
-    """Changes the tensors and the run, both dicts, of a saved state."""
+def rewrite(out: Path, tensors: dict) -> None:
+    """Changes tensors of a saved state, of which None takes one away, and its step to 2."""
     path = out / "training" / "state.safetensors"
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        run = json.loads(file.metadata()["run"])
-    change(tensors, run)
-    save_file(tensors, path, {"run": json.dumps(run)})
+    run = common.read_run(path, {}) | {"step": 2}
+    tensors = load_file(path) | tensors
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(kept, path, {"run": json.dumps(run)})
 
 
-A_MOMENT = "exp_avg.language_model.layers.0.mlp.up_proj.lora_A.weight"
-TAMPERED = {
-    "no step": lambda tensors, run: run.pop("step"),
-    "half a step": lambda tensors, run: run.update(step=1.5),
-    "a step before the first": lambda tensors, run: run.update(step=-1),
-    "no batch": lambda tensors, run: run.pop("batch"),
-    "no moment": lambda tensors, run: tensors.pop(A_MOMENT),
-    "a short moment": lambda tensors, run: tensors.update({A_MOMENT: torch.zeros(3)}),
-}
+RUNS = ["{", "[" * 10**5, "[]", "{}", '{"step": 1.5}', '{"step": -1}', '{"step": 2}']
 
 
-@pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED)
-def test_a_state_that_was_tampered_with_is_refused(change, stopped, capsys):
+@pytest.mark.parametrize("text", RUNS)
+def test_a_state_of_no_run_or_of_another_is_refused(text, stopped, refused):
     out, argv = stopped
-    rewrite(out, change)
-    assert "state.safetensors: " in refusal(capsys, argv)
+    path = out / "training" / "state.safetensors"
+    save_file(load_file(path), path, {"run": text})
+    assert "state.safetensors: " in refused(main, *argv)
 
 
-@pytest.mark.parametrize("text", ["{", "[" * 10**5, "[]", "{}", '{"run": 3}'])
-def test_a_state_of_no_run_is_refused(text, stopped, capsys):
+@pytest.mark.parametrize("moment", [None, torch.zeros(3)], ids=["absent", "short"])
+def test_a_state_without_a_moment_or_with_a_short_one_is_refused(moment, stopped, refused):
     out, argv = stopped
-    save_file({}, out / "training" / "state.safetensors", {"run": text})
-    assert "state.safetensors: " in refusal(capsys, argv)
+    rewrite(out, {"exp_avg.language_model.layers.0.mlp.up_proj.lora_A.weight": moment})
+    assert "state.safetensors: " in refused(main, *argv)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100])
-def test_what_is_no_state_is_refused(content, stopped, capsys):
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100], ids=["pipe", "empty", "noise"])
+def test_what_is_no_state_is_refused(content, stopped, refused):
     out, argv = stopped
     path = out / "training" / "state.safetensors"
     path.unlink()
@@ -606,15 +583,15 @@ def test_what_is_no_state_is_refused(content, stopped, capsys):
         os.mkfifo(path)
     else:
         path.write_bytes(content)
-    assert "state.safetensors" in refusal(capsys, argv)
+    assert "state.safetensors" in refused(main, *argv)
 
 
 @pytest.mark.parametrize("line", ["{", "[" * 10**5, "[]", "{}", '{"step": "1"}', "\ud800"])
-def test_a_log_that_was_tampered_with_is_refused(line, stopped, capsys):
+def test_a_log_that_was_tampered_with_is_refused(line, stopped, refused):
     out, argv = stopped
     path = out / "training" / "log.jsonl"
     path.write_text('{"step": 1}\n' + line, errors="surrogatepass")
-    assert f"{path}: line 2 has no step; expected" in refusal(capsys, argv)
+    assert f"{path}: line 2 has no step; expected" in refused(main, *argv)
 
 
 # ---- bad data ----
@@ -635,35 +612,36 @@ def small(tmp_path, data, monkeypatch) -> Path:
     return tmp_path
 
 
-GOOD = data_line("clips/0.wav")
+SHORT = ["clips/0.wav"]
+GOOD = data_line(SHORT, PROMPT, "yes")
 SOUND = golden_model().tokenizer.id_to_token(golden_model().config.adapter.audio_token_id)
 # What no parser of the format takes is in test_evaluate.py; here is what can't be learned from.
 BAD = {
     "no answer": ({"conversation": GOOD["conversation"][:2]}, "no answer"),
-    "absent": (data_line("clips/absent.wav"), "absent.wav: No such file"),
-    "not sound": (data_line("noise.wav"), "noise.wav: "),
-    "too short": (data_line("short.wav"), "short.wav: 100 samples"),
-    "long clip": (data_line("long.wav"), "expected at most 200"),
-    "long answer": (data_line("clips/0.wav", "yes " * 100), "its answer; expected at most 200"),
-    "placeholders": (data_line("clips/0.wav", prompt=CLIP * 2), "2 audio placeholders"),
-    "sound": (data_line("clips/0.wav", f"a {SOUND}"), "a token that stands for sound"),
-    "a surrogate": (data_line("clips/0.wav", "\ud800"), "the answer has bytes that are not UTF-8"),
+    "absent": (data_line(["clips/absent.wav"], PROMPT, "yes"), "absent.wav: No such file"),
+    "not sound": (data_line(["noise.wav"], PROMPT, "yes"), "noise.wav: "),
+    "too short": (data_line(["short.wav"], PROMPT, "yes"), "short.wav: 100 samples"),
+    "long clip": (data_line(["long.wav"], PROMPT, "yes"), "expected at most 200"),
+    "long answer": (data_line(SHORT, PROMPT, "yes " * 100), "its answer; expected at most 200"),
+    "placeholders": (data_line(SHORT, CLIP * 2, "yes"), "2 audio placeholders"),
+    "sound": (data_line(SHORT, PROMPT, f"a {SOUND}"), "a token that stands for sound"),
+    "a surrogate": (data_line(SHORT, PROMPT, "\ud800"), "the answer has bytes that are not UTF-8"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_line_is_named_before_the_first_step(kind, small, capsys):
+def test_a_bad_line_is_named_before_the_first_step(kind, small, refused):
     bad, expected = BAD[kind]
     Path("bad.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(bad)}\n{json.dumps(GOOD)}")
-    said = refusal(capsys, ["--model", "small", "--data", "bad.jsonl", "--out", "out"])
+    said = refused(main, "--model", "small", "--data", "bad.jsonl", "--out", "out")
     assert said.startswith("train: bad.jsonl: 1 bad lines: line 3: ") and expected in said
     assert not Path("out").exists()
 
 
-def test_the_first_three_bad_lines_and_their_count_are_in_one_message(small, capsys):
+def test_the_first_three_bad_lines_and_their_count_are_in_one_message(small, refused):
     bad = [BAD[kind][0] for kind in ("no answer", "absent", "sound", "not sound", "too short")]
     Path("bad.jsonl").write_text("\n".join(map(json.dumps, [GOOD, *bad])))
-    said = refusal(capsys, arguments("bad.jsonl", "out"))
+    said = refused(main, *arguments("bad.jsonl", "out"))
     assert re.findall(r"(?:line |)\d(?= bad lines|: )", said) == ["5", "line 2", "line 3", "line 4"]
 
 
@@ -697,8 +675,8 @@ BAD_COMMANDS = {
 
 
 @pytest.mark.parametrize("command", BAD_COMMANDS)
-def test_a_bad_command_line_is_refused(command, small, capsys):
-    said = refusal(capsys, ["--out", "out", "--device", "cpu", *command.split()])
+def test_a_bad_command_line_is_refused(command, small, refused):
+    said = refused(main, "--out", "out", "--device", "cpu", *command.split())
     assert BAD_COMMANDS[command] in said
     assert not Path("out").exists()
 
@@ -710,14 +688,6 @@ def test_a_bad_command_line_is_refused(command, small, capsys):
 def adapter(tmp_path) -> Path:
     """A copy of peft's adapter, to be spoilt."""
     return Path(shutil.copytree(LORA, tmp_path / "adapter"))
-
-
-def refused(adapter: Path) -> str:
-    """Why an adapter is refused, in one line."""
-    with pytest.raises(ValueError) as error:
-        lora_change(adapter, FOLDER)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -737,7 +707,7 @@ def refused(adapter: Path) -> str:
 )
 def test_an_adapter_with_what_is_not_plain_lora_is_refused(key, value, adapter):
     edit_json(adapter / "adapter_config.json", **{key: value})
-    assert f"adapter_config.json: {key}" in refused(adapter)
+    assert f"adapter_config.json: {key}" in refusal(lora_change, adapter, FOLDER)
 
 
 MODULE = "base_model.model.language_model.layers.0.mlp.up_proj."
@@ -760,7 +730,7 @@ def test_an_adapter_whose_tensors_fit_no_weight_is_refused(spoilt, adapter):
     tensors = load_file(LORA / "adapter_model.safetensors") | SPOILT[spoilt]
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert "fits no weight" in refused(adapter)
+    assert "fits no weight" in refusal(lora_change, adapter, FOLDER)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -768,7 +738,7 @@ def test_an_adapter_that_is_not_finite_is_refused(value, adapter):
     tensors = load_file(LORA / "adapter_model.safetensors")
     tensors[B][0, 0] = value
     save_file(tensors, adapter / "adapter_model.safetensors")
-    assert f"{A} or its other half holds NaN or infinity" in refused(adapter)
+    assert f"{A} or its other half holds NaN or infinity" in refusal(lora_change, adapter, FOLDER)
 
 
 def test_a_sum_of_weights_and_adapter_that_overflows_is_refused(adapter):
@@ -785,17 +755,17 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter):
     path = adapter / "adapter_model.safetensors"
     whole = path.read_bytes()
     save_file({}, path)
-    assert "expected pairs" in refused(adapter)
+    assert "expected pairs" in refusal(lora_change, adapter, FOLDER)
     path.write_bytes(whole[:-100])
-    assert str(path) in refused(adapter) and "expected a whole file" in refused(adapter)
+    assert f"{path}: " in refusal(lora_change, adapter, FOLDER)
     path.unlink()
-    assert str(path) in refused(adapter)
+    assert str(path) in refusal(lora_change, adapter, FOLDER)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_an_adapter_config_that_is_no_json_object_is_called_an_adapters(text, adapter):
     path = adapter / "adapter_config.json"
     path.write_text(text)
-    said = refused(adapter)
+    said = refusal(lora_change, adapter, FOLDER)
     assert said.startswith(str(path)) and "expected an object, an adapter's configuration" in said
     assert "checkpoint" not in said
