@@ -6,41 +6,32 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import port
-from conftest import assert_close, slow
+from conftest import assert_close, rewrite_dump, slow
 from decoding import judge
 from moss_min import TINY, Prompt
 from test_parity import (
     CHECKPOINT,
+    CHECKPOINTS,
     FOLDER,
-    SAMPLES,
-    SOUND,
     VARIANT,
     compared,
     diagnosed,
     load,
     one_model_for_all_tests,  # noqa: F401
     part_of,
+    ported,
     reference,
     run,
     saved,
 )
-from test_port import around_the_clip
 
 STEPS = ("step_logits", "generated")
 MISTAKES = [*port.DECODING, "decode-last-place-overwritten=rope"]
-FOLDERS = {"golden": CHECKPOINT, "variant": VARIANT, "tiny": TINY}
-
-
-@functools.cache
-def answered(*wrong: str, folder: Path = CHECKPOINT, count: int = 16, dtype=torch.float32) -> dict:
-    """The porter's stages of the reference's run, with so many steps."""
-    ids = load_file(reference(checkpoint=folder))["input_ids"]
-    config = load(folder, "auto", "float32").config.adapter
-    text = around_the_clip(ids, config.audio_start_id, config.audio_end_id)
-    return port.run(folder, SOUND[:SAMPLES], *text, wrong, dtype, new_tokens=count)
+# The porter's stages of the reference's run, with as many steps.
+answered = functools.partial(ported, new_tokens=16)
 
 
 def answer_of(stages: dict, *names: str) -> dict:
@@ -83,18 +74,15 @@ def test_a_dump_says_when_its_answer_ends():
 # ---- what is right ----
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_the_right_ports_answer_is_equal_with_a_model_and_without(folder):
-    assert found(answered(folder=FOLDERS[folder]), FOLDERS[folder]) == (None, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_right_ports_answer_is_equal_in_sixteen_bits(dtype):
-    assert found(answered(dtype=dtype)) == (None, None)
+@pytest.mark.parametrize("folder", CHECKPOINTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_right_ports_answer_is_equal_with_a_model_and_without(dtype, folder):
+    stages = answered(checkpoint=CHECKPOINTS[folder], dtype=dtype)
+    assert found(stages, CHECKPOINTS[folder]) == (None, None)
 
 
 def test_steps_beyond_the_dumps_are_compared_with_a_model():
-    stages = answered(count=24)
+    stages = answered(new_tokens=24)
     assert found(stages) == (None, None)
     stages = stages | {"step_logits": stages["step_logits"].clone()}
     stages["step_logits"][20] += 0.1
@@ -126,19 +114,21 @@ def test_a_mistake_of_the_prompt_is_found_beside_its_steps(mistake, subset):
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize("folder", ["golden", *slow("variant", "tiny")])
 def test_a_mistake_of_decoding_is_found_from_the_second_row_on(folder, mistake):
-    stages = answered(mistake, folder=FOLDERS[folder])
-    assert found(stages, FOLDERS[folder]) == ("step_logits", 1)
+    stages = answered(mistake, checkpoint=CHECKPOINTS[folder])
+    assert found(stages, CHECKPOINTS[folder]) == ("step_logits", 1)
     rows = answer_of(stages, "step_logits", "generated")
-    answer = diagnosed(rows, reference(checkpoint=FOLDERS[folder]), FOLDERS[folder])
+    answer = diagnosed(rows, reference(checkpoint=CHECKPOINTS[folder]), CHECKPOINTS[folder])
     assert (answer["mistakes"], answer["ties"]) == ([mistake.partition("=")[0]], [])
     assert answer["after"] < 3e-6 < 1e-3 < answer["before"]
 
 
 @pytest.mark.parametrize("mistake", [*MISTAKES[:2], *slow(*MISTAKES[2:])])
 def test_a_mistake_of_decoding_is_named_from_ids_that_differ(mistake):
-    ids = answer_of(answered(mistake, folder=VARIANT, count=40), "generated")
+    ids = answer_of(answered(mistake, checkpoint=VARIANT, new_tokens=40), "generated")
     of = reference(checkpoint=VARIANT)
-    assert not torch.equal(ids["generated"], answered(folder=VARIANT, count=40)["generated"])
+    assert not torch.equal(
+        ids["generated"], answered(checkpoint=VARIANT, new_tokens=40)["generated"]
+    )
     assert compared(ids, of=of, model=VARIANT)["first"] == "generated"
     answer = diagnosed(ids, of, VARIANT)
     named = [*answer["mistakes"], *sum(answer["ties"], [])]
@@ -166,9 +156,9 @@ def test_a_first_id_of_another_row_is_wrong_and_the_row_is_named():
 
 
 def test_ids_after_a_stop_id_are_wrong():
-    right = answered(folder=TINY, count=100)["generated"]
+    right = answered(checkpoint=TINY, new_tokens=100)["generated"]
     assert len(right) < 100
-    stages = answered("stop-id-missed", folder=TINY, count=len(right) + 12)
+    stages = answered("stop-id-missed", checkpoint=TINY, new_tokens=len(right) + 12)
     assert found(stages, TINY) == ("generated", len(right))
     assert "which is a stop id" in said(stages, folder=TINY)
     assert found(answer_of(stages, "generated"), TINY) == ("generated", len(right))
@@ -190,7 +180,9 @@ def test_one_other_id_is_wrong_also_where_nothing_else_is_written(other):
 
 @pytest.mark.slow
 def test_two_mistakes_are_not_looked_for_in_ids_alone():
-    both = answered("decode-first-place-lost", "decode-without-itself", folder=VARIANT, count=40)
+    both = answered(
+        "decode-first-place-lost", "decode-without-itself", checkpoint=VARIANT, new_tokens=40
+    )
     answer = diagnosed(answer_of(both, "generated"), reference(checkpoint=VARIANT), VARIANT)
     assert (answer["equal"], answer["mistakes"], answer["ties"]) == (False, [], [])
 
@@ -217,16 +209,6 @@ def test_an_id_is_judged_by_its_row_and_a_near_tie_is_none():
     assert (beyond.since, beyond.why) == (0, "9, expected 0")
 
 
-def rewritten(tensors: dict, *without: str, **values: str) -> Path:
-    """A reference with other tensors, and without some of its metadata or with other."""
-    with safe_open(reference(), "pt") as file:
-        metadata = file.metadata() | values
-    for key in without:
-        del metadata[key]
-    save_file(tensors, FOLDER / "rewritten.safetensors", metadata)
-    return FOLDER / "rewritten.safetensors"
-
-
 def almost_chosen(gap: float) -> tuple[Path, dict]:
     """A reference whose row 3 has its second id so far below the first, of the row's largest, and a
     port that takes it."""
@@ -235,7 +217,8 @@ def almost_chosen(gap: float) -> tuple[Path, dict]:
     row = stages["step_logits"][3]
     ids[3] = row.topk(2).indices[1]
     row[ids[3]] = row.max() - gap * row.abs().max()
-    return rewritten(stages), {"generated": ids, "step_logits": stages["step_logits"]}
+    of = rewrite_dump(reference(), FOLDER / "rewritten.safetensors", stages)
+    return of, {"generated": ids, "step_logits": stages["step_logits"]}
 
 
 def test_a_near_tie_is_said_and_judging_goes_on():
@@ -261,7 +244,8 @@ def test_a_dump_of_the_first_version_is_read():
     del stages["step_logits"]
     with safe_open(reference(), "pt") as file:
         axes = file.metadata()["axes"].replace('"step_logits": "new tokens, vocabulary", ', "")
-    old = rewritten(stages, "stop_ids", "max_new_tokens", version="1", axes=axes)
+    metadata = {"version": "1", "axes": axes, "stop_ids": None, "max_new_tokens": None}
+    old = rewrite_dump(reference(), FOLDER / "old.safetensors", stages, **metadata)
     assert compared(answered(), of=old)["equal"]
     assert compared(answered("decode-rope-too-far"), of=old)["first"] == "step_logits"
     out = run("compare", old, saved(answer_of(answered(), "generated"))).out
@@ -270,7 +254,7 @@ def test_a_dump_of_the_first_version_is_read():
 
 
 def test_rows_without_ids_are_compared_along_the_dumps():
-    rows = answer_of(answered(count=24), "step_logits")
+    rows = answer_of(answered(new_tokens=24), "step_logits")
     assert found(rows) == (None, None)
     out = said(rows, "--model", CHECKPOINT)
     assert "from 16 on are not compared (the port's file has no ids for them)" in out
