@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import batch
-from conftest import GOLDEN, HERE, edit_json, golden_model, golden_prompt, needs_proc
+from conftest import (
+    GOLDEN,
+    HERE,
+    edit_json,
+    golden_model,
+    golden_prompt,
+    needs_cuda,
+    needs_proc,
+    tiny,
+)
 from moss_min import TINY, MossAudio, Prompt
 from sample import Sampling
 
@@ -41,9 +50,6 @@ def golden_prompts() -> list[Prompt]:
     thought = model.tokenizer.encode("<think>1", add_special_tokens=False).ids
     prompts = [golden_prompt(name) for name in ("short", "text_only", "two_audios", "short")]
     return [*prompts, Prompt(torch.tensor(thought), [])]
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 # On CUDA the batch's steps are captured, and those of a prompt alone are not.
@@ -79,11 +85,6 @@ def test_a_row_of_a_batch_ends_at_the_models_last_position(checkpoint):
 
 
 # ---- a file of questions ----
-
-
-@functools.cache
-def tiny() -> MossAudio:
-    return MossAudio.from_pretrained(TINY, device="cpu", dtype="float32")
 
 
 @functools.cache
@@ -157,10 +158,9 @@ def test_line_n_draws_with_the_seed_plus_n_whatever_its_batch_and_where_the_run_
     assert answered(folder, *sampled, "--batch", "3") == b"".join(alone)
 
 
-def test_the_shared_options_reach_the_model(folder, capsys):
+def test_the_shared_options_reach_the_model(folder, refused):
     write_manifest(folder, [LINES[2]])
-    assert batch.main(arguments(folder, "--lora", folder)) == 2
-    assert "adapter_config.json" in capsys.readouterr().err
+    assert "adapter_config.json" in refused(batch.main, *arguments(folder, "--lora", folder))
     # So hot that draws are nearly even, and turn on whether there are markers.
     options = ["--temperature", "3", "--seed", "42", "--no-time-markers", "--max-new-tokens", "20"]
     (answer,) = parsed(answered(folder, *options))
@@ -188,15 +188,6 @@ def test_when_all_is_answered_nothing_is_loaded_or_written(folder, monkeypatch):
     monkeypatch.delattr(batch.MossAudio, "from_pretrained")
     monkeypatch.delattr(batch.os, "replace")
     assert answered(folder) == whole
-
-
-@pytest.mark.slow
-def test_half_a_line_at_the_end_is_done_again(folder):
-    write_manifest(folder, [LINES[6]])
-    whole = answered(folder)
-    for cut in (0, 1, whole.index("卡".encode()) + 1, len(whole) - 2, len(whole) - 1):
-        (folder / "out.jsonl").write_bytes(whole[:cut])
-        assert answered(folder) == whole, cut
 
 
 def test_a_batch_is_on_disk_before_the_next_begins(folder, monkeypatch):
@@ -244,17 +235,17 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("other", ANOTHER)
-def test_answers_of_another_run_are_refused_and_left_alone(other, folder, capsys):
+def test_answers_of_another_run_are_refused_and_left_alone(other, folder, refused):
     begin(folder)
     (folder / "out.jsonl").write_text('{"id": 3, "text": "as it was"}\n')
     before = {path: path.read_bytes() for path in folder.glob("out*")}
-    assert batch.main(arguments(folder, *ANOTHER[other])) == 2
-    said = f"its answers have another {other}; expected the same run, or another --out\n"
-    assert capsys.readouterr().err.endswith(said)
+    line = refused(batch.main, *arguments(folder, *ANOTHER[other]))
+    said = f"its answers have another {other}; expected the same run, or another --out"
+    assert line.endswith(said)
     assert {path: path.read_bytes() for path in folder.glob("out*")} == before
 
 
-def test_a_model_of_other_weights_is_another_though_its_shapes_are_the_same(folder, capsys):
+def test_a_model_of_other_weights_is_another_though_its_shapes_are_the_same(folder, refused):
     shutil.copytree(TINY, folder / "tiny")
     begin(folder, "--model", folder / "tiny")
     (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
@@ -262,19 +253,18 @@ def test_a_model_of_other_weights_is_another_though_its_shapes_are_the_same(fold
     data = bytearray(path.read_bytes())
     data[500_000] ^= 1
     path.write_bytes(data)
-    assert batch.main(arguments(folder, "--greedy", "--model", folder / "tiny")) == 2
-    assert "another model;" in capsys.readouterr().err
+    options = arguments(folder, "--greedy", "--model", folder / "tiny")
+    assert "another model;" in refused(batch.main, *options)
 
 
 @pytest.mark.parametrize(
     "text", [None, "", "[]", "{}", '{"lines": []}', "{" * 10**5, "\x00", "{}\n"]
 )
-def test_answers_of_nobody_knows_what_are_refused(text, folder, capsys):
+def test_answers_of_nobody_knows_what_are_refused(text, folder, refused):
     (folder / "out.jsonl").write_text('{"id": 3, "text": ""}\n')
     if text is not None:
         (folder / "out.jsonl.run").write_text(text)
-    assert batch.main(arguments(folder, "--greedy")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(batch.main, *arguments(folder, "--greedy"))
     assert "out.jsonl.run" in line and line.endswith("expected the same run, or another --out")
 
 
@@ -301,7 +291,7 @@ def test_with_a_seed_a_line_that_has_moved_draws_anew(folder):
     assert answered(folder, *seeded) == moved
 
 
-def test_the_answers_may_be_a_link_but_no_pipe(folder, capsys):
+def test_the_answers_may_be_a_link_but_no_pipe(folder, refused):
     (folder / "elsewhere").mkdir()
     (folder / "out.jsonl").symlink_to(folder / "elsewhere" / "out.jsonl")
     write_manifest(folder, LINES[3:4])
@@ -310,8 +300,8 @@ def test_the_answers_may_be_a_link_but_no_pipe(folder, capsys):
     assert len(lines_of((folder / "elsewhere" / "out.jsonl").read_bytes())) == 1
     (folder / "out.jsonl").unlink()
     os.mkfifo(folder / "out.jsonl")
-    assert batch.main(arguments(folder, "--greedy")) == 2
-    assert "out.jsonl is not an ordinary file" in capsys.readouterr().err
+    line = refused(batch.main, *arguments(folder, "--greedy"))
+    assert "out.jsonl is not an ordinary file" in line
 
 
 # ---- errors, and what is refused ----
@@ -376,11 +366,10 @@ def test_no_memory_ends_the_run_of_a_batch_and_is_the_error_of_a_line(folder, mo
         ("out", '{"audio": "the manifest"}', "line 1 is no"),
     ],
 )
-def test_a_bad_file_is_refused_at_once_and_left_alone(folder, name, text, said, capsys):
+def test_a_bad_file_is_refused_at_once_and_left_alone(folder, name, text, said, refused):
     path = folder / f"{name}.jsonl"
     path.write_text(text)
-    assert batch.main(arguments(folder, "--model", "nowhere")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(batch.main, *arguments(folder, "--model", "nowhere"))
     assert line.startswith(f"batch: {path}: ")
     assert said in line
     assert path.read_text() == text
@@ -395,10 +384,8 @@ def test_a_bad_file_is_refused_at_once_and_left_alone(folder, name, text, said, 
         (["--seed", str(2**64 - 3)], f"seed is {2**64 + 4}"),  # the last line's
     ],
 )
-def test_bad_options_are_refused_before_anything_is_loaded(folder, options, said, capsys):
-    assert batch.main(arguments(folder, "--model", "nowhere", *options)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+def test_bad_options_are_refused_before_anything_is_loaded(folder, options, said, refused):
+    assert said in refused(batch.main, *arguments(folder, "--model", "nowhere", *options))
     assert not (folder / "out.jsonl").exists()
 
 

@@ -18,17 +18,14 @@ QUICK = ["--device", "cpu", "--seconds", "2", "--new-tokens", "4", "--repeats", 
 STAGES = ["loading", "log_mel", "encoding", "prefill", "decoding", "batch"]
 
 
-def run(capsys, *options) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr."""
-    status = bench.main([str(option) for option in options])
-    out, err = capsys.readouterr()
-    return status, out, err
+def run(capsys, *options) -> tuple[str, str]:
+    """stdout and stderr."""
+    assert bench.main([str(option) for option in options]) == 0
+    return capsys.readouterr()
 
 
 def measured(capsys, *options) -> dict:
-    status, out, _ = run(capsys, *QUICK, *options, "--json")
-    assert status == 0
-    return json.loads(out)
+    return json.loads(run(capsys, *QUICK, *options, "--json")[0])
 
 
 @pytest.fixture
@@ -117,7 +114,7 @@ def test_threads_are_set(capsys, monkeypatch):
 
 
 def test_without_json_it_is_a_table_with_progress_on_stderr(capsys):
-    _, out, err = run(capsys, *QUICK)
+    out, err = run(capsys, *QUICK)
     title, _, head, _, *rows, _, last = out.splitlines()
     assert title.startswith("tiny, float32, cpu, ")
     assert head == "| stage | time | rate | share of limit |"
@@ -128,13 +125,13 @@ def test_without_json_it_is_a_table_with_progress_on_stderr(capsys):
 
 def test_lengths_are_rows_of_a_table_or_of_json(capsys):
     options = ["--device", "cpu", "--new-tokens", "3", "--lengths", "1", "9.5"]
-    _, out, _ = run(capsys, *options, "--json")
+    out, _ = run(capsys, *options, "--json")
     short, long = json.loads(out)["lengths"]
     # 13 tokens of sound, and 119 with the markers 2, 4, 6 and 8.
     assert long["tokens"] - short["tokens"] == 110
     # Layers, keys and values, heads, head_dim, tokens, float32.
     assert long["weights_and_cache"] - short["weights_and_cache"] == 4 * 2 * 2 * 32 * 110 * 4
-    _, out, _ = run(capsys, *options)
+    out, _ = run(capsys, *options)
     assert [row.split(" | ")[0] for row in out.splitlines()[-2:]] == ["| 1 s", "| 9.5 s"]
 
 
@@ -155,14 +152,9 @@ def test_lengths_are_rows_of_a_table_or_of_json(capsys):
         (["--peer"], "transformers is 5.0.0; expected 4.57.1"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(options, said, capsys, monkeypatch):
+def test_bad_options_are_one_line_and_status_2(options, said, refused, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.0.0")
-    status, out, err = run(capsys, *options)
-    assert status == 2
-    assert out == ""
-    last = err.splitlines()[-1]
-    assert last.startswith("bench: ")
-    assert said in last
+    assert said in refused(bench.main, *options)
 
 
 # ---- transformers ----

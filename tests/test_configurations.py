@@ -10,14 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from conftest import (
-    GOLDEN,
-    assert_close,
-    distance,
-    edit_json,
-    golden_case,
-    golden_model,
-)
+from conftest import GOLDEN, assert_close, distance, edit_json, golden_case, golden_model
 from encoder import log_mel
 from moss_min import MossAudio, Prompt, load_tokenizer, read_config
 

@@ -12,7 +12,17 @@ import pytest
 import common
 import evaluate
 from common import Example
-from conftest import FOLDER, GOLDEN, HERE, JFK, edit_json, golden_model, write_clip
+from conftest import (
+    FOLDER,
+    GOLDEN,
+    HERE,
+    JFK,
+    data_line,
+    edit_json,
+    golden_model,
+    message,
+    write_clip,
+)
 from encoder import load_audio
 from evaluate import align, edit_distance, main, score, split_words, stamped_words
 
@@ -128,9 +138,7 @@ def test_edit_distance_is_that_of_its_recursive_definition():
     [
         ("A bell.", "a  bell", 1),
         ("A bell.", "a bell rings", 0),
-        ("At 2.1 seconds.", "at 2.1 seconds", 1),
         ("At 2.1 seconds.", "At 2.2 seconds.", 0),
-        ("At 2.1 seconds.", "At 2.10 seconds.", 0),
         ("[0.48]seven[0.80]", "[0.48]seven[0.80]", 1),
         ("[0.48]seven[0.80]", "[0.48]seven[0.81]", 0),
         ("[0.48]", "seven", 0),
@@ -169,14 +177,9 @@ def test_groups_are_the_prompts_and_a_missing_answer_counts_as_empty():
 # ---- files ----
 
 
-def message(role: str, kind: str, content) -> dict:
-    return {"role": role, "message_type": kind, "content": content}
-
-
-def data_line(line: Example) -> dict:
-    turns = [message("user", "audio", str(clip)) for clip in line.clips]
-    turns += [message("user", "text", line.prompt), message("assistant", "text", line.answer)]
-    return {"conversation": turns} | ({"task": "question"} if line.question else {})
+def line_of(example: Example) -> dict:
+    more = {"task": "question"} if example.question else {}
+    return data_line(example.clips, example.prompt, example.answer, **more)
 
 
 def write_lines(path: Path, *lines) -> Path:
@@ -189,7 +192,7 @@ def write_lines(path: Path, *lines) -> Path:
 @pytest.fixture
 def data(tmp_path) -> Path:
     """LINES in a file, line 4 of which is empty; the sounds are not there."""
-    lines = [data_line(LINES[i]) if i in LINES else "" for i in range(1, 6)]
+    lines = [line_of(LINES[i]) if i in LINES else "" for i in range(1, 6)]
     return write_lines(tmp_path / "test.jsonl", *lines)
 
 
@@ -203,22 +206,6 @@ def said(capfd, *argv) -> str:
     """stdout of a command line that has to succeed."""
     assert main([*map(str, argv)]) == 0
     return capfd.readouterr().out
-
-
-@pytest.fixture
-def complaint(capfd):
-    """The one line, after those on progress, of a command line that has to be refused."""
-
-    def complaint(*argv) -> str:
-        assert main([*map(str, argv)]) == 2
-        out, err = capfd.readouterr()
-        lines = err.splitlines()
-        [line] = [line for line in lines if not line.startswith(("loading ", "checked "))]
-        assert (out, line) == ("", lines[-1])
-        assert line.startswith("evaluate: ") and len(line) < 400
-        return line
-
-    return complaint
 
 
 def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(data, answers, capfd):
@@ -236,13 +223,13 @@ def test_the_table_has_a_row_for_each_prompt_and_a_dash_for_what_no_line_has(dat
 def test_a_line_ends_at_a_newline_alone(tmp_path, capfd):
     # U+2028 and U+0085 are allowed in a JSON string, and are line ends to str.splitlines.
     line = Example("Transcribe\u2028the\u0085audio.", [Path("a.wav")], "go", False)
-    data = write_lines(tmp_path / "test.jsonl", data_line(line), data_line(line))
+    data = write_lines(tmp_path / "test.jsonl", line_of(line), line_of(line))
     answers = write_lines(tmp_path / "answers.jsonl", {"id": 2, "text": "go"})
     scores = json.loads(said(capfd, "--data", data, "--answers", answers, "--json"))
     assert scores["all"] == NOTHING | {"n": 2, "wer": 0.5, "cer": 0.5}
 
 
-GOOD = data_line(LINES[1])
+GOOD = line_of(LINES[1])
 AUDIO, TEXT, ANSWER = GOOD["conversation"]
 BAD_LINES = {
     "not JSON": '{"conversation": [',
@@ -263,9 +250,9 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES.keys())
-def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, complaint):
+def test_a_bad_data_line_is_named_by_its_number(bad, tmp_path, answers, refused):
     data = write_lines(tmp_path / "bad.jsonl", GOOD, "", bad, GOOD, GOOD)
-    assert f"{data}: 1 bad lines: line 3: " in complaint("--data", data, "--answers", answers)
+    assert f"{data}: 1 bad lines: line 3: " in refused(main, "--data", data, "--answers", answers)
 
 
 OF_NO_LINE = [{"id": number, "text": ""} for number in (0, 4, 6, True, "1", None)]
@@ -273,24 +260,26 @@ BAD_ANSWERS = [*OF_NO_LINE, {"id": 1}, {"id": 1, "text": None}, {"id": 5, "text"
 
 
 @pytest.mark.parametrize("bad", BAD_ANSWERS, ids=repr)
-def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, complaint):
+def test_a_bad_answer_is_named_by_its_line(bad, tmp_path, data, refused):
     answers = write_lines(tmp_path / "bad.jsonl", {"id": 5, "text": "go"}, bad)
-    assert f"{answers}: 1 bad lines: line 2: " in complaint("--data", data, "--answers", answers)
+    assert f"{answers}: 1 bad lines: line 2: " in refused(
+        main, "--data", data, "--answers", answers
+    )
 
 
-def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, complaint):
+def test_files_that_are_not_there_or_empty_are_named(tmp_path, data, answers, refused):
     absent = tmp_path / "absent.jsonl"
     empty = write_lines(tmp_path / "empty.jsonl")
-    assert str(absent) in complaint("--data", absent, "--answers", answers)
-    assert str(absent) in complaint("--data", data, "--answers", absent)
-    assert str(empty) in complaint("--data", empty, "--answers", answers)
-    assert str(tmp_path) in complaint("--data", tmp_path, "--answers", answers)
+    assert str(absent) in refused(main, "--data", absent, "--answers", answers)
+    assert str(absent) in refused(main, "--data", data, "--answers", absent)
+    assert str(empty) in refused(main, "--data", empty, "--answers", answers)
+    assert str(tmp_path) in refused(main, "--data", tmp_path, "--answers", answers)
 
 
-def test_arguments_that_make_no_sense_are_refused(data, answers, complaint):
-    assert "not both" in complaint("--data", data, "--answers", answers, *MODEL)
-    assert "max_new_tokens is 0" in complaint("--data", data, *MODEL, "--max-new-tokens", 0)
-    assert "--data" in complaint("--answers", answers)
+def test_arguments_that_make_no_sense_are_refused(data, answers, refused):
+    assert "not both" in refused(main, "--data", data, "--answers", answers, *MODEL)
+    assert "max_new_tokens is 0" in refused(main, "--data", data, *MODEL, "--max-new-tokens", 0)
+    assert "--data" in refused(main, "--answers", answers)
 
 
 # ---- a model ----
@@ -311,7 +300,7 @@ def sounds(tmp_path) -> Path:
         Example("Compare.", [JFK, short], "what", False),
         Example("Which?", [short], ask(golden_model(), tmp_path, [short], "Which?"), True),
     )
-    write_lines(tmp_path / "test.jsonl", *map(data_line, lines))
+    write_lines(tmp_path / "test.jsonl", *map(line_of, lines))
     return tmp_path
 
 
@@ -346,26 +335,26 @@ def test_progress_tells_the_time_left_at_most_every_five_seconds(monkeypatch, ca
 
 
 MISSING = {
-    "not there": data_line(Example("Which?", ["sounds/none.wav"], "yes", False)),
-    "a folder": data_line(Example("Which?", ["sounds"], "yes", False)),
-    "no possible name": data_line(Example("Which?", ["long" * 999], "yes", False)),
+    "not there": data_line(["sounds/none.wav"], "Which?", "yes"),
+    "a folder": data_line(["sounds"], "Which?", "yes"),
+    "no possible name": data_line(["long" * 999], "Which?", "yes"),
 }
 UNFIT = {
-    "no sound": data_line(Example("Which?", ["test.jsonl"], "yes", False)),
-    "no Unicode": data_line(Example("\ud800", ["sounds/short.wav"], "yes", False)),
-    "placeholders": data_line(Example(CLIP * 2, ["sounds/short.wav"], "yes", False)),
+    "no sound": data_line(["test.jsonl"], "Which?", "yes"),
+    "no Unicode": data_line(["sounds/short.wav"], "\ud800", "yes"),
+    "placeholders": data_line(["sounds/short.wav"], CLIP * 2, "yes"),
 }
 
 
 @pytest.mark.parametrize("kind", [*MISSING, *UNFIT])
-def test_a_bad_line_is_named_before_the_first_is_run(kind, sounds, complaint, monkeypatch):
+def test_a_bad_line_is_named_before_the_first_is_run(kind, sounds, refused, monkeypatch):
     with open(sounds / "test.jsonl", "a") as file:
         file.write(json.dumps((MISSING | UNFIT)[kind]))
     model = evaluate.MossAudio
     monkeypatch.setattr(model, "ask", lambda *_, **__: pytest.fail("a line was run"))
     if kind in MISSING:
         monkeypatch.setattr(model, "from_pretrained", lambda *_: pytest.fail("it was loaded"))
-    assert "1 bad lines: line 4: " in complaint("--data", sounds / "test.jsonl", *MODEL)
+    assert "1 bad lines: line 4: " in refused(main, "--data", sounds / "test.jsonl", *MODEL)
 
 
 def test_a_context_that_cuts_answers_is_not_told_for_every_line(sounds, checkpoint, capfd, recwarn):
@@ -374,12 +363,12 @@ def test_a_context_that_cuts_answers_is_not_told_for_every_line(sounds, checkpoi
     assert recwarn.list == []
 
 
-def test_a_clip_without_room_for_an_answer_is_named(sounds, checkpoint, complaint, monkeypatch):
+def test_a_clip_without_room_for_an_answer_is_named(sounds, checkpoint, refused, monkeypatch):
     _, longest, _ = evaluate.read_data(sounds / "test.jsonl", need_sound=True).values()
     positions = len(golden_model().prompt(longest.prompt, longest.clips).ids)
     edit_json(checkpoint / "config.json", **{"language_config.max_position_embeddings": positions})
     monkeypatch.setattr(evaluate.MossAudio, "ask", lambda *_, **__: pytest.fail("a line was run"))
-    line = complaint("--data", sounds / "test.jsonl", *MODEL, "--model", checkpoint)
+    line = refused(main, "--data", sounds / "test.jsonl", *MODEL, "--model", checkpoint)
     assert "1 bad lines: line 2: " in line and str(positions) in line
 
 

@@ -16,7 +16,7 @@ import batch
 import moss_min
 import parity
 import train
-from conftest import FOLDER, GOLDEN, golden_model, high_water, needs_proc, noise
+from conftest import FOLDER, GOLDEN, data_line, golden_model, high_water, needs_proc, noise
 from moss_min import load_tokenizer
 
 pytestmark = [pytest.mark.slow, needs_proc]
@@ -200,9 +200,7 @@ def test_spoilt_data_lines(judge, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_model", lambda *_: golden_model())
     monkeypatch.setattr(train, "train", lambda *_: None)
     monkeypatch.setattr(train, "save_checkpoint", lambda *_: None)
-    turns = [("user", "audio", "a.wav"), ("user", "text", "Hello"), ("assistant", "text", "Yes")]
-    keys = ["role", "message_type", "content"]
-    line = {"conversation": [dict(zip(keys, turn)) for turn in turns], "task": "question"}
+    line = data_line(["a.wav"], "Hello", "Yes", task="question")
     data = tmp_path / "in.jsonl"
     for seed in range(300):
         data.write_bytes(spoil_json(json.dumps(line).encode(), np.random.default_rng(seed)))

@@ -24,8 +24,9 @@ import pytest
 import soundfile
 import torch
 
+import parity
 import server
-from conftest import FOLDER, HERE, golden_case, write_clip
+from conftest import FOLDER, HERE, golden_case, slow, write_clip
 from encoder import HOP, load_audio, log_mel, mel_spectrum
 from moss_min import CLIP, SYSTEM, TINY, USER, MossAudio, Prompt
 from prompts import Source
@@ -193,9 +194,7 @@ TWO = "the time markers are missing and the last line end is missing"
 SINGLE = [cause for cause, (*_, advice) in EDITS.items() if advice]
 
 
-@pytest.mark.parametrize(
-    "causes", [TWO, *[pytest.param(cause, marks=pytest.mark.slow) for cause in SINGLE]]
-)
+@pytest.mark.parametrize("causes", [TWO, *slow(*SINGLE)])
 def test_what_made_another_prompt_is_told_with_advice(causes):
     with served(TINY, *causes.split(" and ")) as url:
         said = asked(url, BELL, CARDS)
@@ -304,13 +303,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("wrong", REFUSED)
-def test_a_server_that_cannot_be_asked_is_one_line_and_status_2(wrong):
+def test_a_server_that_cannot_be_asked_is_refused(wrong, refused):
     options = wrong.split() if wrong.startswith("-") else []
     with served(TINY, wrong) as url:
-        got = run("server", f"{url}/v1/", "--model", TINY, *options)
-    assert (got.status, got.out) == (2, "")
-    assert REFUSED[wrong] in got.err and got.err.count("\n") == 1
-    assert "can't be asked" in run("server", url, "--model", TINY).err  # it has ended
+        line = refused(parity.main, "server", f"{url}/v1/", "--model", TINY, *options)
+    assert REFUSED[wrong] in line
+    # It has ended.
+    assert "can't be asked" in refused(parity.main, "server", url, "--model", TINY)
 
 
 # ---- vLLM itself ----

@@ -1,6 +1,5 @@
 """The checkpoint that ships, and what it hears in the sounds beside it."""
 
-import functools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import evaluate
 import moss_min
 import stages
 import train
-from conftest import GOLDEN, HERE
+from conftest import GOLDEN, HERE, tiny
 from moss_min import SAMPLE, TINY, MossAudio, load_audio
 
 TRANSCRIBE = "Transcribe the audio."
@@ -46,11 +45,6 @@ LINES = (TINY / "sounds.jsonl").read_text("utf-8").splitlines()
 SHIPPED = [read_shipped(line) for line in LINES]
 NAMES = [f"{'+'.join(path.stem for path in one.sounds)}: {one.prompt}" for one in SHIPPED]
 TWO_CLIPS = [one for one in SHIPPED if len(one.sounds) == 2]
-
-
-@functools.cache
-def tiny() -> MossAudio:
-    return MossAudio.from_pretrained(TINY, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=NAMES)
