@@ -150,8 +150,6 @@ def picked(prompt: str, wish: str, budget: int | None, count=1024) -> list[int]:
         # A thought that begins again has the whole budget.
         ("<think>12<think>", "3456", 3, "345" + FORCED + "6"),
         ("<think>1</think>", "23456", 3, "23456"),
-        ("<think>1</think>2<think>3", "456", 3, "45" + FORCED + "6"),
-        ("", "1<think>23<think>4567", 3, "1<think>23<think>456" + FORCED + "7"),
         ("", "<think>12</think>3<think>4567", 3, "<think>12</think>3<think>456" + FORCED + "7"),
         # One thought is ended, and none after it.
         ("", "<think>1<think>234<think>567", 2, "<think>1<think>23" + FORCED + "4<think>567"),
