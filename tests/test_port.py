@@ -18,10 +18,7 @@ CASES = {path.stem for path in (GOLDEN / "cases").iterdir()} | {"variant"}
 CASES = sorted(name for name in CASES if len(golden_case(name).clips) == 1)
 FLOAT32 = [name for name in CASES if not name.endswith(".bfloat16")]
 BFLOAT16 = [name for name in CASES if name.endswith(".bfloat16")]
-# The mistakes that need a second clip. It is quieter, and a lone chunk of 126 frames.
-OF_TWO_CLIPS = ("mel-floor-shared", "clips-padded-alone", "clip-rows-restarted")
 WAVEFORM = load_file(GOLDEN / "ports" / "waveform.safetensors")["waveform.0"]
-SECOND = WAVEFORM[40_000:60_300] / 30
 PORTS = sorted(path.stem for path in (GOLDEN / "ports").iterdir() if path.stem != "waveform")
 
 
