@@ -90,6 +90,7 @@ def test_steps_beyond_the_dumps_are_compared_with_a_model():
     assert (answer["first"], answer["since"]) == ("step_logits", 20)
     assert compared(stages, model=None)["equal"]
     assert "steps from 16 on are not compared (--model goes on)" in said(stages)
+    assert "not compared" not in said(answered())
 
 
 def test_a_wrong_prompt_is_not_held_against_its_steps():
