@@ -23,7 +23,8 @@ TESTS = {
     "adapter.py": "golden oracle generation fast configurations",
     "qwen3.py": "golden oracle generation fast loading",
     "sample.py": "generation golden command_line bad_input",
-    "moss_min.py": "golden generation fast command_line limits bad_input configurations first_mistakes",
+    "moss_min.py": "golden generation fast command_line limits bad_input configurations"
+    " first_mistakes",
     "tools/batch.py": "batch",
     "tools/bench.py": "bench",
     "tools/common.py": "train evaluate batch make_tiny whole_files",
