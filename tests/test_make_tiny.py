@@ -1,8 +1,10 @@
 """tools/voices.py, compose.py and make_tiny.py on a bank of tones: no speech engine is needed."""
 
 import itertools
+import json
 import random
 import re
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,9 +134,29 @@ def test_a_telephone_carries_speech_and_nothing_above_it(seed):
     assert above <= -100
 
 
+# What seeds draw was recorded on 2026-11-28: a training that goes on after a change of the tools
+# hears the same clips.
+
+
+def test_a_seed_draws_the_phrases_that_it_always_has():
+    phrases = [compose.draw_phrase(random.Random(seed)) for seed in range(500)]
+    assert zlib.crc32(json.dumps(phrases).encode()) == 1823555407
+
+
+def test_a_seed_composes_the_clips_that_it_always_has(bank):
+    voices_heard = Bank(bank, held=False)
+    clips = []
+    for seed in range(100):
+        clips.append(compose.compose(voices_heard, np.random.default_rng(seed), 8, None))
+    starts = [part.start for clip in clips for part in clip.heard]
+    levels = [np.abs(clip.wave).mean() for clip in clips]
+    assert len(starts) == 955
+    assert np.mean(starts) == pytest.approx(3.8576762, rel=1e-6)
+    assert np.mean(levels) == pytest.approx(0.1169606, rel=1e-4)
+
+
 @pytest.mark.parametrize("telephone, level", [(False, -2.42947), (True, -2.44047)])
 def test_a_seed_degrades_a_sound_as_it_always_has(telephone, level):
-    # Recorded 2026-11-28: a training that goes on after a change of the tools hears the same clips.
     sounds = [compose.degrade(TONE, np.random.default_rng(seed), telephone) for seed in range(60)]
     levels = [np.log(np.abs(sound).mean()) for sound in sounds]
     assert np.mean(levels) == pytest.approx(level, rel=1e-4)
