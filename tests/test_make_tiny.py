@@ -23,6 +23,7 @@ from common import random_model, read_example, read_json_lines
 from compose import BELL, PLAIN, STAMPS, WORDS
 from conftest import QWEN3_TOKENIZER
 from encoder import log_mel
+from evaluate import stamped_words
 from make_tiny import Lesson
 from moss_min import TINY, MossAudio, load_tokenizer
 from voices import Bank, Engine, Heard, Speech
@@ -423,6 +424,21 @@ def test_going_on_with_other_options_is_refused(other, run_train, tmp_path, caps
     make_tiny.save_state(tmp_path / "training" / "state.safetensors", {}, run)
     assert run_train(tmp_path, other) == 2
     assert "a run with another" in capsys.readouterr().err
+
+
+def test_a_words_error_is_that_of_its_start_and_infinite_if_it_is_left_out():
+    spoken = stamped_words("[0.40]one[0.80][0.80]two[1.20][2.00]three[2.40][3.00]oh[3.20]")
+    heard = stamped_words("[0.44]one[0.80][1.70]three[2.40][2.48]four oh[2.60]")
+    assert make_tiny.word_errors(spoken, heard) == pytest.approx([0.04, np.inf, 0.3, np.inf])
+
+
+def test_a_figure_of_the_words_positions_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    line = (TINY / "sounds.jsonl").read_text("utf-8").splitlines()[0]
+    (tmp_path / "one.jsonl").write_text(line.replace("bell.wav", str(TINY / "bell.wav")), "utf-8")
+    command = ["figure", str(tmp_path / "one.png"), str(tmp_path / "one.jsonl"), str(TINY)]
+    assert make_tiny.main(command) == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("argv", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"]])

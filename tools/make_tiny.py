@@ -10,6 +10,7 @@ engines, whose packages tools/voices.py names; the others read the bank alone.
 
 import argparse
 import copy
+import difflib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import compose
 from common import Example, load_state, random_model, save_state, say, write_text
 from compose import DESCRIBE, PLAIN, SOUNDS, STAMPS, WORDS
 from encoder import HOP, SAMPLE_RATE, count_tokens, log_mel, mel_spectrum, require
-from evaluate import edit_distance, read_data, score
+from evaluate import Word, edit_distance, read_data, score, stamped_words
 from moss_min import TINY, MossAudio, Parser, end, load_tokenizer, pick_device
 from train import IGNORE, copy_all_but_weights, learned_ids, save_checkpoint
 from voices import ENGINES, Bank, Clip, Heard, make_bank, retime
@@ -416,6 +417,50 @@ def score_events(folder: Path, data: Path) -> None:
     print(f"{data}: {right} of {total}", flush=True)
 
 
+def word_errors(spoken: list[Word], heard: list[Word]) -> list[float]:
+    """Returns how far off the starts of spoken words are in an answer, in seconds: infinity for a
+    word that it leaves out."""
+    texts = [word.text for word in spoken]
+    matcher = difflib.SequenceMatcher(None, texts, [word.text for word in heard], autojunk=False)
+    errors = [math.inf] * len(spoken)
+    for first, other, size in matcher.get_matching_blocks():
+        for i in range(size):
+            start = heard[other + i].start
+            if start is not None:
+                errors[first + i] = abs(start - spoken[first + i].start) / 1000
+    return errors
+
+
+def draw_positions(picture: Path, data: Path, folders: list[Path]) -> None:
+    """Draws, for each model and five seconds of a data file's clips, how far off the words' starts
+    are on average, and how many words are found."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("figure needs matplotlib: pip install matplotlib") from None
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
+    for folder in folders:
+        model = MossAudio.from_pretrained(folder, "cpu")
+        spans = {}  # five seconds of the clips, by number -> their words' errors
+        for example in read_data(data, need_sound=True).values():
+            if example.prompt == STAMPS:
+                say(f"{folder}: {example.clips[0]}")
+                spoken = [word for word in stamped_words(example.answer) if word.stamped]
+                heard = stamped_words(model.ask(example.clips, STAMPS, temperature=0))
+                for word, error in zip(spoken, word_errors(spoken, heard)):
+                    spans.setdefault(word.start // 5000, []).append(error)
+        errors = [np.array(spans[span]) for span in sorted(spans)]
+        middles = [5 * span + 2.5 for span in sorted(spans)]
+        above.plot(
+            middles, [each[each < math.inf].mean() for each in errors], "o-", label=folder.name
+        )
+        below.plot(middles, [100 * np.mean(each < 0.1) for each in errors], "o-")
+    above.set(ylabel="mean error of the words\nthat are there, s", yscale="log")
+    above.legend()
+    below.set(xlabel="position in the clip, s", ylabel="words within 0.1 s, %", ylim=(0, 102))
+    figure.savefig(picture, dpi=110)
+
+
 # ---- training ----
 SAVE_SECONDS = 60
 TEST_SECONDS = 1200
@@ -597,6 +642,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("model", type=Path, metavar="MODEL")
     add("data", type=Path, metavar="DATA", help="what test wrote")
 
+    about = "draw the error in time against the position in a clip; needs matplotlib"
+    add = commands.add_parser("figure", help=about).add_argument
+    add("picture", type=Path, metavar="PICTURE", help="a PNG file")
+    add("data", type=Path, metavar="DATA", help="what test wrote")
+    add("models", type=Path, nargs="+", metavar="MODEL", help="called by its folder's name")
+
     add = commands.add_parser("words", help="write data that teach other words").add_argument
     add("folder", type=Path, metavar="FOLDER")
     add("words", nargs="+", metavar="WORD")
@@ -626,6 +677,8 @@ def run(argv: list[str] | None) -> None:
         compose.write_test(args.source, args.folder, args.count, args.seconds)
     elif args.command == "events":
         score_events(args.model, args.data)
+    elif args.command == "figure":
+        draw_positions(args.picture, args.data, args.models)
     elif args.command == "words":
         compose.write_words(args.words, args.folder)
     else:
