@@ -83,7 +83,7 @@ def read_pairs(path: Path, rank: int, shapes: dict) -> dict[str, tuple[Tensor, T
         finite = bool(A.isfinite().all() and B.isfinite().all())
         require(finite, f"{path}: {key} or its other half holds NaN or infinity; expected neither")
         pairs[name] = (A.float(), B.float())
-    require(len(pairs) > 0, f"{path}: expected pairs of lora_A and lora_B")
+    require(pairs, f"{path}: expected pairs of lora_A and lora_B")
     return pairs
 
 
