@@ -108,9 +108,13 @@ def test_what_festival_says_is_passed_on(tmp_path, monkeypatch, refused):
 
 
 def test_festivals_voices_get_parameters_of_their_own_kinds():
-    lines = {voice: voices.festival_voice(voice, random.Random(0)) for voice in ("slt", "kal")}
-    assert lines["slt"][0] == "(voice_cmu_us_slt_arctic_hts)" and "hts_engine" in lines["slt"][1]
-    assert lines["kal"][0] == "(voice_kal_diphone)" and "Duration_Stretch" in lines["kal"][1]
+    name, parameters = voices.festival_voice("slt", random.Random(0))
+    assert name == "(voice_cmu_us_slt_arctic_hts)"
+    assert '(("-a" 0.366) ("-fm" 3.69) ("-r" 0.79))' in parameters
+    name, tempo, pitch = voices.festival_voice("kal", random.Random(0))
+    assert name == "(voice_kal_diphone)"
+    assert tempo == "(Parameter.set 'Duration_Stretch 1.26)"
+    assert "(target_f0_mean 138) (target_f0_std 17)" in pitch
 
 
 @pytest.mark.parametrize("seed", range(20))
