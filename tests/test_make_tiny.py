@@ -26,7 +26,7 @@ from encoder import log_mel
 from evaluate import stamped_words
 from make_tiny import Lesson
 from moss_min import TINY, MossAudio, load_tokenizer
-from voices import Bank, Engine, Heard, Speech
+from voices import Bank, Clip, Engine, Heard, Speech
 
 RATE = 16_000
 TONE = np.sin(np.arange(int(0.3 * RATE)) / 5)
@@ -165,6 +165,14 @@ def test_a_seed_degrades_a_sound_as_it_always_has(telephone, level):
     sounds = [compose.degrade(TONE, np.random.default_rng(seed), telephone) for seed in range(60)]
     levels = [np.log(np.abs(sound).mean()) for sound in sounds]
     assert np.mean(levels) == pytest.approx(level, rel=1e-4)
+
+
+def test_a_seed_warps_a_mel_as_it_always_has():
+    mel = np.arange(128.0)[:, None] * np.linspace(1, 2, 300)
+    means = []
+    for seed in range(60):
+        means.append(compose.warp_mel(mel, 310, np.random.default_rng(seed)).mean())
+    assert np.mean(means) == pytest.approx(96.114583, rel=1e-6)
 
 
 @pytest.mark.parametrize("law", [compose.round_mu_law, compose.round_a_law])
@@ -308,6 +316,14 @@ def test_the_losses_see_what_inference_would(folder, bank):
     sound = model.hear(list(batch.mels.split(batch.lengths, dim=1)))
     loss = make_tiny.answer_loss(model, batch, sound)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("heard, wrong", [(len(WORDS), 0), (len(WORDS) + 1, 1), (1, 1)])
+def test_hearing_counts_words_alone(heard, wrong):
+    classes = torch.tensor([0, heard, heard, 0])
+    model = SimpleNamespace(hear=lambda mels: [nn.functional.one_hot(classes, 100)])
+    clip = Clip(np.zeros(RATE, np.float32), [Heard(WORDS[-1], 0.2, 0.6)])
+    assert make_tiny.test_hearing(model, {"ctc": nn.Identity()}, [clip]) == wrong
 
 
 def test_several_processes_compose_the_batches_that_one_does(folder, bank):

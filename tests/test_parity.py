@@ -352,6 +352,9 @@ ANOTHER_SOUND = torch.randn(70_000, generator=torch.Generator().manual_seed(0)) 
 # What compare says, of which stages of one clip.
 SENTENCES = {
     "token 50 on, the first token of the second chunk": lambda: ported("positions-not-restarted"),
+    "encoder.conv3 differs from chunk 1 on.": lambda: changed(
+        "encoder.conv3", lambda x: x + torch.arange(2.0).view(2, 1, 1, 1)
+    ),
     "from frame 300 on": lambda: changed("mel.0", lambda x: x + (torch.arange(518) >= 300)),
     "logits differs from position 130 on, text.": lambda: changed("logits", lambda x: x[-1] + 1),
     "waveform.0 is another sound's": lambda: changed("waveform.0", lambda x: ANOTHER_SOUND),
