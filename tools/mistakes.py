@@ -25,9 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import encoder
 import qwen3
-from encoder import HOP, N_FFT, N_MELS, count_tokens
+from encoder import N_FFT, N_MELS, count_tokens
 from moss_min import Parser, end
 from stages import (
     Run,
@@ -38,6 +37,7 @@ from stages import (
     encoder_output,
     is_audio,
     layer_of,
+    log_mel,
     real_tokens,
     stem_chunks,
 )
@@ -98,11 +98,8 @@ def weight(x: torch.Tensor) -> nn.Parameter:
 # ---- log-mel ----
 
 
-def swap_numpy(run: Run, **functions: Callable) -> None:
-    """Puts functions in the place of numpy's in encoder.py."""
-    # numpy has fft among its names only after its first use.
-    names = vars(encoder.np) | {"fft": np.fft} | functions
-    run.swap(encoder, "np", SimpleNamespace(**names))
+def swap_mel(run: Run, **parts) -> None:
+    run.swap(run, "mel_parts", run.mel_parts | parts)
 
 
 def triangles(edges: np.ndarray) -> np.ndarray:
@@ -116,34 +113,21 @@ def mel_30s(run):
     """The sound is padded with zeros (or cut) to 30 s, as Whisper's feature extractor does unless
     it is told not to: 375 audio tokens, and the time markers that go with them. Right: nothing is
     padded, T = samples // 160 (encoder.py, mel_spectrum)."""
-
-    def of_30_s(spectrum, wave):
-        return spectrum(np.pad(wave, (0, max(0, 480_000 - len(wave))))[:480_000])
-
-    run.swap(run, "mel_spectrum", partial(of_30_s, run.mel_spectrum))
+    swap_mel(run, length=480_000)
 
 
 @mistake("mel-float32", "mel.*")
 def mel_float32(run):
     """The log-mel stays in float32. Right: it is rounded to bfloat16 whatever the model's own type,
     since the model has never seen another (encoder.py, log_mel)."""
-    run.swap(run, "rounded", torch.Tensor.float)
+    swap_mel(run, rounded=torch.Tensor.float)
 
 
 @mistake("mel-last-frame-kept", "mel.*")
 def mel_last_frame_kept(run):
     """The log-mel has one frame too many, the one around the sound's very end. Right: it is
     dropped, so that T is samples // 160 (encoder.py, mel_spectrum)."""
-
-    # A hop of zeros behind makes room for that frame. The reflection is still the sound's own.
-    def one_hop_longer(spectrum, wave):
-        return spectrum(np.pad(wave, (0, HOP)))
-
-    def reflected_where_it_ends(pad, wave, width, mode):
-        return pad(pad(wave[:-HOP], width, mode=mode), (0, HOP))
-
-    run.swap(run, "mel_spectrum", partial(one_hop_longer, run.mel_spectrum))
-    swap_numpy(run, pad=partial(reflected_where_it_ends, encoder.np.pad))
+    swap_mel(run, last_frame=True)
 
 
 @mistake("mel-htk", "mel.*")
@@ -153,49 +137,35 @@ def mel_htk(run):
     mels = np.linspace(0, math.log10(1 + 8000 / 700), N_MELS + 2)
     edges = 700 * (10**mels - 1)  # Hz [130]
     areas = (edges[2:] - edges[:-2]) / 2
-    run.swap(encoder, "mel_filters", lambda: triangles(edges) / areas[:, None])
+    swap_mel(run, filters=triangles(edges) / areas[:, None])
 
 
 @mistake("mel-natural-log", "mel.*")
 def mel_natural_log(run):
     """The log-mel is a natural logarithm. Right: log10; the floor of 8 below the maximum and
     (x + 4) / 4 are made for that (encoder.py, mel_spectrum)."""
-    swap_numpy(run, log10=np.log)
+    swap_mel(run, logarithm=np.log)
 
 
 @mistake("mel-zero-padded", "mel.*")
 def mel_zero_padded(run):
     """The sound's edges are padded with zeros, 200 samples each. Right: with its reflection
     (encoder.py, mel_spectrum)."""
-
-    def with_zeros(pad, wave, width, mode):
-        return pad(wave, width, mode="constant")
-
-    swap_numpy(run, pad=partial(with_zeros, encoder.np.pad))
+    swap_mel(run, pad="constant")
 
 
 @mistake("mel-symmetric-window", "mel.*")
 def mel_symmetric_window(run):
     """The Hann window is symmetric, of period 399. Right: periodic, of period 400 (encoder.py,
     mel_spectrum)."""
-
-    def symmetric(length):
-        # The right code drops the last of 401.
-        return np.append(np.hanning(length - 1), 0)
-
-    swap_numpy(run, hanning=symmetric)
+    swap_mel(run, window=np.hanning(N_FFT))
 
 
 @mistake("mel-magnitude", "mel.*")
 def mel_magnitude(run):
     """The mel filters are applied to the spectrum's magnitude. Right: to its square, the power
     (encoder.py, mel_spectrum)."""
-
-    def root(x, dtype):
-        # The right code squares it.
-        return np.sqrt(np.abs(x, dtype=dtype))
-
-    swap_numpy(run, abs=root)
+    swap_mel(run, power=1)
 
 
 @mistake("mel-no-slaney-norm", "mel.*")
@@ -205,7 +175,7 @@ def mel_no_slaney_norm(run):
     step = math.log(6.4) / 27
     mels = np.linspace(0, 15 + math.log(8) / step, N_MELS + 2)
     edges = np.where(mels < 15, 200 * mels / 3, 1000 * np.exp(step * (mels - 15)))  # Hz [130]
-    run.swap(encoder, "mel_filters", lambda: triangles(edges))
+    swap_mel(run, filters=triangles(edges))
 
 
 @mistake("mel-bfloat16-truncated", "mel.*")
@@ -216,23 +186,17 @@ def mel_bfloat16_truncated(run):
     def truncated(mel):
         return (mel.view(torch.int32) & -65536).view(torch.float32)
 
-    run.swap(run, "rounded", truncated)
+    swap_mel(run, rounded=truncated)
 
 
 @mistake("mel-floor-shared", "mel.*")
 def mel_floor_shared(run):
     """The floor of a clip's log-mel is 8 below the maximum of all clips. Right: below its own
     (encoder.py, mel_spectrum)."""
-
-    def above_the_loudest(run, wave, *others):
-        mels = [run.mel_spectrum(x.numpy()) for x in (wave, *others)]
-        floor = max(mel.max() for mel in mels) - 2  # of (x + 4) / 4
-        return run.rounded(torch.from_numpy(np.maximum(mels[0], floor))).float()
-
     waves = [f"waveform.{i}" for i in range(run.clips)]
     for i, wave in enumerate(waves):
         others = [other for other in waves if other != wave]
-        replace_stage(run, f"mel.{i}", [wave, *others], partial(above_the_loudest, run))
+        replace_stage(run, f"mel.{i}", [wave, *others], partial(log_mel, **run.mel_parts))
 
 
 # ---- encoder ----

@@ -7,16 +7,18 @@ n new tokens, K cache places, D the width of the encoder or the decoder, V vocab
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qwen3
 from adapter import splice
-from encoder import STRIDE, mel_spectrum, sinusoids, split_chunks
+from encoder import HOP, N_FFT, N_MELS, STRIDE, mel_filters, sinusoids, split_chunks
 from moss_min import MossAudio
 from qwen3 import KVCache
 
@@ -85,9 +87,52 @@ def layer_of(name: str) -> str:
 # Each takes the run and the stages that it is computed from.
 
 
-def log_mel(run, wave: torch.Tensor) -> torch.Tensor:
-    """Returns encoder.log_mel of float32 [samples] in float32, [128, T]."""
-    return run.rounded(torch.from_numpy(run.mel_spectrum(wave.numpy()))).float()
+WINDOW = np.hanning(N_FFT + 1)[:-1]  # [400]
+FILTERS = mel_filters()  # [128, 201]
+
+
+def log_spectrum(
+    wave: torch.Tensor,
+    length: int | None = None,
+    pad: str = "reflect",
+    last_frame: bool = False,
+    window: np.ndarray = WINDOW,
+    filters: np.ndarray = FILTERS,
+    power: int = 2,
+    logarithm: Callable = np.log10,
+) -> np.ndarray:
+    """Returns the log-mel of float32 [samples] before its floor, float32 [128, T]; parts can be
+    replaced.
+
+    length: samples to which the sound is cut or padded with zeros. pad: numpy's mode at the edges.
+    last_frame: keep the frame around the sound's end. power: of the magnitude.
+    """
+    samples = wave.numpy()
+    if length is not None:
+        samples = np.pad(samples, (0, max(0, length - len(samples))))[:length]
+    padded = np.pad(samples, N_FFT // 2, mode=pad)
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP]  # [T + 1, 400]
+    if not last_frame:
+        frames = frames[:-1]
+    mel = np.empty((N_MELS, len(frames)), np.float32)
+    for i in range(0, len(frames), 1000):
+        spectrum = np.fft.rfft(frames[i : i + 1000] * window)  # [1000, 201]
+        magnitude = np.abs(spectrum.astype(np.complex64), dtype=np.float64)
+        mel[:, i : i + 1000] = logarithm(np.maximum(filters @ (magnitude**power).T, 1e-10))
+    return mel
+
+
+def log_mel(
+    wave: torch.Tensor, *others: torch.Tensor, rounded: Callable = torch.Tensor.bfloat16, **parts
+) -> torch.Tensor:
+    """Returns encoder.log_mel of float32 [samples] in float32, [128, T]; parts can be replaced.
+
+    others: sounds whose maximum counts for the floor, too. rounded: what rounds it. parts:
+    arguments of log_spectrum.
+    """
+    mel = log_spectrum(wave, **parts)
+    top = max(x.max() for x in (mel, *[log_spectrum(other, **parts) for other in others]))
+    return rounded(torch.from_numpy((np.maximum(mel, top - 8) + 4) / 4)).float()
 
 
 def chunk_frames(run, *mels: torch.Tensor) -> torch.Tensor:
@@ -258,7 +303,7 @@ def layer_with_rows(
 def prompt_cache(run, tokens: int) -> KVCache:
     """Returns a cache for a whole prompt that is taken through one layer after another."""
     config = run.model.config.decoder
-    one_layer = replace(config, num_hidden_layers=1)
+    one_layer = dataclasses.replace(config, num_hidden_layers=1)
     cache = KVCache(one_layer, 1, tokens, run.model.lm_head.weight)
     # Every layer writes all places before it reads them, so one memory does for all.
     cache.keys = cache.keys * config.num_hidden_layers
@@ -397,8 +442,7 @@ class Run:
     text: str
     time_markers: bool | None
     clips: int
-    mel_spectrum: Callable = mel_spectrum
-    rounded: Callable = torch.Tensor.bfloat16  # of the log-mel
+    mel_parts: dict[str, Any] = field(default_factory=dict)  # arguments of log_mel
     sinusoids: Callable = sinusoids
     positions: Callable = chunk_positions
     tap: Callable = tap
@@ -441,7 +485,8 @@ def table(run: Run) -> dict[str, Stage]:
         stages[name] = Stage(tuple(inputs), partial(compute, *arguments))
         return name
 
-    mels = [add(f"mel.{i}", [f"waveform.{i}"], log_mel, run) for i in range(run.clips)]
+    mel = partial(log_mel, **run.mel_parts)
+    mels = [add(f"mel.{i}", [f"waveform.{i}"], mel) for i in range(run.clips)]
     if mels:
         add_encoder(run, add, mels)
     add("input_ids", mels, prompt_ids, run)
