@@ -248,6 +248,10 @@ def read_reference(path: Path) -> Reference:
         good = good and metadata["dtype"] in TOLERANCES
         good = good and metadata["time_markers"] in (None, False, True)
         good = good and {"prompt", "config"} <= metadata.keys()
+        audio_id = metadata["audio_ids"][0]
+        count = int((tensors["input_ids"] == audio_id).sum())
+        chunks = metadata["chunk_tokens"]
+        good = good and sum(chunks) == count and all(tokens > 0 for tokens in chunks)
         require(good, "a value of another kind than dump writes")
         for name in metadata["axes"]:
             axes = KINDS[kind(name)].axes.split(", ")
@@ -861,7 +865,7 @@ JSON = "print JSON alone"
 
 
 def add_question(add: Callable, prompt: str | None) -> None:
-    """Adds the options of what a model is asked. prompt: the default."""
+    """Adds the options of what a model is asked. prompt: the default; None leaves it to dump."""
     add("audio", nargs="*", metavar="AUDIO", help="sound files, the clips of one prompt")
     add("--model", default=TINY, metavar="FOLDER", help="checkpoint folder (that in tiny/)")
     add("--prompt", default=prompt, metavar="TEXT", help=f"what to ask ({QUESTION})")
