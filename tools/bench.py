@@ -24,6 +24,7 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -41,7 +42,7 @@ import moss_min
 from adapter import splice
 from common import random_model, say
 from encoder import HOP, N_FFT, N_MELS, SAMPLE_RATE, AudioEncoder, log_mel, require
-from moss_min import TINY, MossAudio, Prompt, Step, peak_bytes, pick_device, read_config
+from moss_min import TINY, MossAudio, Prompt, Step, pick_device, read_config
 from train import copy_all_but_weights, save_checkpoint
 
 LENGTHS = [10, 30, 120, 600, 2820]  # seconds; the context ends at about 47 minutes
@@ -300,6 +301,16 @@ def seconds_of(work: Callable, device: torch.device) -> float:
     seconds = time.perf_counter() - start
     del result  # freeing it is no part of the work
     return seconds
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the most memory held since measure began: by CUDA's tensors, else by the process
+    (Linux; or 0)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def make_prompt(model: MossAudio, wave: Tensor, args: argparse.Namespace) -> Prompt:
