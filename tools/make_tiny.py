@@ -5,12 +5,13 @@
 
 OUT becomes a checkpoint folder in the released layout, written every minute; OUT/training has the
 log, and the state from which the same command goes on. The commands bank and words need speech
-engines, whose packages tools/voices.py names; the others read the bank alone.
+engines, whose packages tools/voices.py names.
 """
 
 import argparse
 import copy
 import difflib
+import functools
 import json
 import math
 import os
@@ -272,7 +273,11 @@ class Batches(Dataset):
         self.args = args
         self.stages = stages
         self.model = model  # for its tokens
-        self.bank = Bank(args.bank, held=False)
+
+    @functools.cached_property
+    def bank(self) -> Bank:
+        # Opened by each process for itself: whole sounds would be sent to those that are spawned.
+        return Bank(self.args.bank, held=False)
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.args.seed, step])
@@ -419,7 +424,7 @@ def score_events(folder: Path, data: Path) -> None:
 
 def word_errors(spoken: list[Word], heard: list[Word]) -> list[float]:
     """Returns how far off the starts of spoken words are in an answer, in seconds: infinity for a
-    word that it leaves out."""
+    word that is not there, or has no time."""
     texts = [word.text for word in spoken]
     matcher = difflib.SequenceMatcher(None, texts, [word.text for word in heard], autojunk=False)
     errors = [math.inf] * len(spoken)
@@ -432,8 +437,8 @@ def word_errors(spoken: list[Word], heard: list[Word]) -> list[float]:
 
 
 def draw_positions(picture: Path, data: Path, folders: list[Path]) -> None:
-    """Draws, for each model and five seconds of a data file's clips, how far off the words' starts
-    are on average, and how many words are found."""
+    """Draws, for each model and every five seconds of a data file's clips, how far off the starts
+    of words are on average, and how many words begin within 0.1 s of their time."""
     try:
         from matplotlib import pyplot
     except ImportError:
