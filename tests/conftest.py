@@ -134,16 +134,16 @@ def refusal(call, *args, **options) -> str:
 
 @pytest.fixture
 def refused(capfd):
-    """The line in which a program refuses its arguments, after those on progress."""
+    """The line in which a program refuses its arguments, after those on progress, if there are."""
 
-    def refused(main, *argv) -> str:
+    def refused(program, *argv, progress=("loading ", "checked ")) -> str:
         capfd.readouterr()
-        assert main([*map(str, argv)]) == 2
+        assert program([*map(str, argv)]) == 2
         out, err = capfd.readouterr()
-        *progress, line = err.splitlines()
-        program = f"{main.__module__}: "
-        assert out == "" and not any(told.startswith(program) for told in progress)
-        assert line.startswith(program) and len(line) < 400
+        *before, line = err.splitlines()
+        assert out == ""
+        assert [told for told in before if not told.startswith(progress)] == []
+        assert line.startswith(f"{program.__module__}: ") and len(line) < 400
         return line
 
     return refused
@@ -152,7 +152,7 @@ def refused(capfd):
 @pytest.fixture
 def complaint(refused):
     """The line in which moss_min.py refuses its arguments."""
-    return functools.partial(refused, main, "--device", "cpu", "--quiet")
+    return functools.partial(refused, main, "--device", "cpu", "--quiet", progress=())
 
 
 # ---- a browser ----

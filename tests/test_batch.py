@@ -160,7 +160,8 @@ def test_line_n_draws_with_the_seed_plus_n_whatever_its_batch_and_where_the_run_
 
 def test_the_shared_options_reach_the_model(folder, refused):
     write_manifest(folder, [LINES[2]])
-    assert "adapter_config.json" in refused(batch.main, *arguments(folder, "--lora", folder))
+    no_adapter = arguments(folder, "--lora", folder)
+    assert "adapter_config.json" in refused(batch.main, *no_adapter, progress=str(folder))
     # So hot that draws are nearly even, and turn on whether there are markers.
     options = ["--temperature", "3", "--seed", "42", "--no-time-markers", "--max-new-tokens", "20"]
     (answer,) = parsed(answered(folder, *options))

@@ -263,6 +263,7 @@ def test_mel_in_single_precision_is_no_mistake():
     # Too little to tell: nothing, not the wrong thing.
     assert diagnosed(part_of(single, "logits"))["mistakes"] == []
     off = int((single["mel.0"] != ported()["mel.0"]).sum())
+    assert 0 < off < 100  # of 66,304; seen: 18
     assert f" {off} values a bfloat16 step off" in said(single)
     assert "--model tells the two apart" in said(single)
 
@@ -624,6 +625,7 @@ PAIRS = [
     ("full-clip-attention", "rope-interleaved", "all"),
     ("query-scaled-before-bias", "deepstack-one-layer-late", "all"),
     ("mel-30s", "no-time-markers", "all"),
+    ("mel-30s", "mel-last-frame-kept", "all"),
     ("mel-htk", "no-qk-norm", "logits"),
     ("full-clip-attention", "rope-interleaved", "logits"),
 ]

@@ -91,6 +91,14 @@ def test_the_porter_is_as_wrong_as_upstream_with_the_same_mistake(mistake):
         assert largest_error(stages[key], upstream[key]) <= 1e-5
 
 
+def test_a_tail_of_8_n_frames_need_not_be_padded():
+    text = around_the_clip(load_file(GOLDEN / "ports" / "mel-htk.safetensors")["input_ids"])
+    right = port.run(GOLDEN / "checkpoint", WAVEFORM, *text)
+    stages = port.run(GOLDEN / "checkpoint", WAVEFORM, *text, ["tail-not-padded"])
+    assert stages["mel.0"].shape[1] % 400 == 120
+    assert largest_error(stages["encoder.stem"], right["encoder.stem"]) <= 1e-6
+
+
 def test_a_mistake_that_is_not_in_the_table_is_refused():
     with pytest.raises(ValueError, match="unknown mistake 'mel-hkt'; expected one of mel-30s, "):
         port.run(GOLDEN / "checkpoint", WAVEFORM, [], [], ["mel-hkt"])

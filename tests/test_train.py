@@ -529,14 +529,14 @@ def test_training_stops_at_the_first_loss_that_is_not_finite_and_saves_nothing_o
 def stopped(finished) -> tuple[Path, list[str]]:
     """A training's folder with the state after two of three steps, and its arguments."""
     out, argv = finished
-    rewrite(out, {})
+    rewrite(out, {}, step=2)
     return out, argv
 
 
-def rewrite(out: Path, tensors: dict) -> None:
-    """Changes tensors of a saved state, of which None takes one away, and its step to 2."""
+def rewrite(out: Path, tensors: dict, step: int = 2) -> None:
+    """Changes tensors of a saved state, of which None takes one away, and its step."""
     path = out / "training" / "state.safetensors"
-    run = common.read_run(path, {}) | {"step": 2}
+    run = common.read_run(path, {}) | {"step": step}
     tensors = load_file(path) | tensors
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     save_file(kept, path, {"run": json.dumps(run)})
