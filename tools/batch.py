@@ -13,7 +13,7 @@ batch. Line n draws with seed + n, whatever its batch.
 `torchrun --nproc-per-node N tools/batch.py ...` answers in N processes, each on a GPU if there
 are any, on one machine or on several that share the folder of --out. Each process writes a part,
 out.jsonl.part-0; the first process merges them at the end, or when the command is run again.
-tools/README.md says of which runs answers are kept."""
+tools/README.md says when answers are kept."""
 
 import argparse
 import dataclasses

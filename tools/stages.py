@@ -448,7 +448,7 @@ class Run:
     tap: Callable = tap
     order: Callable = in_order
     places: Callable = is_audio  # where DeepStack's rows are added
-    rows_at: str = "output"  # of a layer, where they are added: "input", "mlp" or "output"
+    rows_at: str = "output"  # where in a layer they are added: "input", "mlp" or "output"
     inside: frozenset[str] = frozenset()  # the layers whose inside is stages, too
     stepping: Stepping = Stepping()
     steps: bool = False  # whether the table has the steps after the prompt
