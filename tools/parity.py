@@ -524,7 +524,7 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".sp
 
 def which_chunk(reference: Reference, chunk: int) -> str:
     """Returns a chunk in words: its clip, if there are several, and which of the clip's it is."""
-    clips = [clip for what, clip in what_ids_are(reference) if what == "an audio token"]
+    clips = [clip for what, clip in what_ids_are(reference) if what == prompts.AUDIO_TOKEN]
     tokens = reference.metadata["chunk_tokens"]
     starts = np.cumsum([0, *tokens[:-1]])
     clip_of_chunk = [clips[start] for start in starts]
@@ -561,11 +561,11 @@ def is_text_right(reference: Reference, rows: list[Row]) -> bool:
     """Tells whether, in a port with decoder stages alone, nothing differs before the sound."""
     ids = [what for what, _ in what_ids_are(reference)]
     first = next((row for row in rows if kind(row.name) != "waveform"), rows[0])
-    if KINDS[kind(first.name)].row != "position" or "an audio token" not in ids:
+    if KINDS[kind(first.name)].row != "position" or prompts.AUDIO_TOKEN not in ids:
         return False
     since = first.decides.since
     whole = since is not None and first.shape == first.expected
-    return whole and since >= ids.index("an audio token")
+    return whole and since >= ids.index(prompts.AUDIO_TOKEN)
 
 
 def verdict(reference: Reference, rows: list[Row]) -> str:

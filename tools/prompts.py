@@ -22,6 +22,8 @@ from decoding import common_count
 from encoder import HOP, load_audio, require
 from moss_min import CLIP, PLACEHOLDER, SYSTEM, USER, MossAudio, load_tokenizer, read_config
 
+AUDIO_TOKEN = "an audio token"  # what such an id is, in words
+
 
 def special_ids(model: MossAudio) -> list[int]:
     """Returns the ids of an audio token, a clip's start and its end."""
@@ -32,7 +34,7 @@ def special_ids(model: MossAudio) -> list[int]:
 def what_ids_are(ids: list[int], special: Sequence[int]) -> list[tuple[str, int]]:
     """Returns what each id of a prompt is, and the number of the clip that it is in, from 1; 0 for
     text. special: the model's special_ids."""
-    names = ["an audio token", "a clip's start", "a clip's end"]
+    names = [AUDIO_TOKEN, "a clip's start", "a clip's end"]
     _, start, end = special
     found = []
     clip = 0
@@ -103,7 +105,7 @@ def show_ids(args: argparse.Namespace) -> int:
     for position, token in enumerate(tokens):
         said = json.dumps(token["text"], ensure_ascii=False)
         said += f", {token['what']}, clip {token['clip']}" if token["clip"] else ""
-        if token["what"] == "an audio token":
+        if token["what"] == AUDIO_TOKEN:
             if ids[position - 1] == token["id"]:
                 continue
             said = f"audio tokens of clip {token['clip']}, up to the next line"
