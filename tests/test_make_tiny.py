@@ -461,6 +461,16 @@ def test_a_figure_of_the_words_positions_is_drawn(tmp_path):
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_of_no_words_is_refused_and_none_is_written(tmp_path, refused):
+    pytest.importorskip("matplotlib")
+    shipped = (TINY / "sounds.jsonl").read_text("utf-8").splitlines()
+    (line,) = [line for line in shipped if "Describe" in line and "bell.wav" in line]
+    (tmp_path / "one.jsonl").write_text(line.replace("bell.wav", str(TINY / "bell.wav")), "utf-8")
+    picture = tmp_path / "one.png"
+    line = refused(make_tiny.main, "figure", picture, tmp_path / "one.jsonl", TINY)
+    assert "no words with times" in line and not picture.exists()
+
+
 @pytest.mark.parametrize("argv", [["bank", "x", "nothing"], ["train", "nowhere", "x"], ["sing"]])
 def test_errors_are_one_line(argv, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)

@@ -393,9 +393,11 @@ def measure(args: argparse.Namespace, temp: Path) -> dict:
         source = write_config(args.shape, temp / "config")
         folder = temp / "checkpoint"
         torch.set_default_dtype(torch.bfloat16)  # in float32 they would take twice the memory
-        with device:
-            model = random_model(source, 0)
-        torch.set_default_dtype(torch.float32)
+        try:
+            with device:
+                model = random_model(source, 0)
+        finally:
+            torch.set_default_dtype(torch.float32)
         save_checkpoint(model, folder, source)
         del model
     # The peak falls to what is held now: making random weights is not measured.

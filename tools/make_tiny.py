@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compose
-from common import Example, load_state, random_model, save_state, say, write_text
+from common import Example, load_state, random_model, save_state, say, whole, write_text
 from compose import DESCRIBE, PLAIN, SOUNDS, STAMPS, WORDS
 from encoder import HOP, SAMPLE_RATE, count_tokens, log_mel, mel_spectrum, require
 from evaluate import Word, edit_distance, read_data, score, stamped_words
@@ -424,7 +424,8 @@ def score_events(folder: Path, data: Path) -> None:
 
 def word_errors(spoken: list[Word], heard: list[Word]) -> list[float]:
     """Returns how far off the starts of spoken words are in an answer, in seconds: infinity for a
-    word that is not there, or has no time."""
+    word that is not there, or has no time. Words are matched by difflib, which takes the longest
+    stretches in common: evaluate.align gives sums over all words, not which of them match."""
     texts = [word.text for word in spoken]
     matcher = difflib.SequenceMatcher(None, texts, [word.text for word in heard], autojunk=False)
     errors = [math.inf] * len(spoken)
@@ -436,6 +437,22 @@ def word_errors(spoken: list[Word], heard: list[Word]) -> list[float]:
     return errors
 
 
+def errors_by_span(folder: Path, data: Path) -> dict[int, list[float]]:
+    """Returns the errors of the words that begin in each five seconds of a data file's clips, by
+    the number of these, from 0, in the answers with timestamps of the model in a folder."""
+    model = MossAudio.from_pretrained(folder, "cpu")
+    spans = {}
+    for example in read_data(data, need_sound=True).values():
+        if example.prompt == STAMPS:
+            say(f"{folder}: {example.clips[0]}")
+            spoken = [word for word in stamped_words(example.answer) if word.stamped]
+            heard = stamped_words(model.ask(example.clips, STAMPS, temperature=0))
+            for word, error in zip(spoken, word_errors(spoken, heard)):
+                spans.setdefault(word.start // 5000, []).append(error)
+    require(spans, f"{data}: no words with times; expected lines that ask {STAMPS!r}")
+    return spans
+
+
 def draw_positions(picture: Path, data: Path, folders: list[Path]) -> None:
     """Draws, for each model and every five seconds of a data file's clips, how far off the starts
     of words are on average, and how many words begin within 0.1 s of their time."""
@@ -445,25 +462,21 @@ def draw_positions(picture: Path, data: Path, folders: list[Path]) -> None:
         raise ValueError("figure needs matplotlib: pip install matplotlib") from None
     figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
     for folder in folders:
-        model = MossAudio.from_pretrained(folder, "cpu")
-        spans = {}  # five seconds of the clips, by number -> their words' errors
-        for example in read_data(data, need_sound=True).values():
-            if example.prompt == STAMPS:
-                say(f"{folder}: {example.clips[0]}")
-                spoken = [word for word in stamped_words(example.answer) if word.stamped]
-                heard = stamped_words(model.ask(example.clips, STAMPS, temperature=0))
-                for word, error in zip(spoken, word_errors(spoken, heard)):
-                    spans.setdefault(word.start // 5000, []).append(error)
-        errors = [np.array(spans[span]) for span in sorted(spans)]
-        middles = [5 * span + 2.5 for span in sorted(spans)]
-        above.plot(
-            middles, [each[each < math.inf].mean() for each in errors], "o-", label=folder.name
-        )
-        below.plot(middles, [100 * np.mean(each < 0.1) for each in errors], "o-")
+        middles = []  # of the five seconds
+        means = []
+        shares = []
+        for span, errors in sorted(errors_by_span(folder, data).items()):
+            found = [error for error in errors if error < math.inf]
+            middles.append(5 * span + 2.5)
+            means.append(np.mean(found) if found else math.nan)  # NaN: no point is drawn
+            shares.append(100 * np.mean(np.array(errors) < 0.1))
+        above.plot(middles, means, "o-", label=folder.name)
+        below.plot(middles, shares, "o-")
     above.set(ylabel="mean error of the words\nthat are there, s", yscale="log")
     above.legend()
     below.set(xlabel="position in the clip, s", ylabel="words within 0.1 s, %", ylim=(0, 102))
-    figure.savefig(picture, dpi=110)
+    with whole(picture) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 # ---- training ----
