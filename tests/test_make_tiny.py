@@ -447,9 +447,10 @@ def test_going_on_with_other_options_is_refused(other, run_train, tmp_path, caps
 
 
 def test_a_words_error_is_that_of_its_start_and_infinite_if_it_is_left_out():
-    spoken = stamped_words("[0.40]one[0.80][0.80]two[1.20][2.00]three[2.40][3.00]oh[3.20]")
-    heard = stamped_words("[0.44]one[0.80][1.70]three[2.40][2.48]four oh[2.60]")
-    assert make_tiny.word_errors(spoken, heard) == pytest.approx([0.04, np.inf, 0.3, np.inf])
+    spoken = stamped_words("[0.4]one[0.8][0.8]two[1.2][2.0]three[2.4][2.5]six[3.0][3.0]oh[3.2]")
+    heard = stamped_words("[0.5]one[0.8][1.7]three[2.4][2.7]six[3.0][3.1]four oh[3.3]")
+    expected = [0.1, np.inf, 0.3, 0.2, np.inf]
+    assert make_tiny.word_errors(spoken, heard) == pytest.approx(expected)
 
 
 def test_a_figure_of_the_words_positions_is_drawn(tmp_path):
