@@ -108,8 +108,9 @@ def read_config(folder: Path) -> MossConfig:
     encoder = read_fields(EncoderConfig, audio, "config.json: audio_config.")
     decoder = read_fields(Qwen3Config, language, "config.json: language_config.")
     sizes = {"output_dim": encoder.output_dim, "hidden_size": decoder.hidden_size}
-    sizes["adapter_hidden_size"] = config.get("adapter_hidden_size")
-    adapter = read_fields(AdapterConfig, processor | sizes, "config.json: ")
+    name = "adapter_hidden_size"
+    sizes[name] = checked(config.get(name), int, f"config.json: {name}")
+    adapter = read_fields(AdapterConfig, processor | sizes, "processor_config.json: ")
     taps = encoder.deepstack_encoder_layer_indexes
     name = "deepstack_num_inject_layers"
     counts = checked([config.get(name, len(taps))], tuple[int, ...], name)  # in a list: 0 is one

@@ -90,6 +90,8 @@ def test_a_missing_key_is_named_with_where_and_what_was_expected(checkpoint):
         read_with(checkpoint, "config.json", key, ...)
     said = read_with(checkpoint, "config.json", "language_config.head_dim", ...)
     assert "config.json: language_config.head_dim is missing; expected a" in said
+    said = read_with(checkpoint, "processor_config.json", "audio_token_id", None)
+    assert "processor_config.json: audio_token_id is missing; expected a" in said
 
 
 COUNT = [0, -1, 2.5, "3", True, None, [3], math.nan, 2**40, 10**30]
