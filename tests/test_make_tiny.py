@@ -350,7 +350,7 @@ def test_short_clips_of_a_batch_are_equally_long_and_clips_end_anywhere_in_a_tok
     assert all(len(set(lengths)) == 1 or min(lengths) > 400 for lengths in batches)
     frames = list(itertools.chain(*batches))
     assert {length % 8 for length in frames} == set(range(8))
-    assert min(frames) < 100 and max(frames) > 3900  # 1 to 40 s
+    assert min(frames) < 100 and max(frames) > 7000  # 1 to 76 s
 
 
 def test_a_longer_stage_begins_as_a_shorter_one_and_ends_at_its_least_rate():

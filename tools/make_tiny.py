@@ -169,7 +169,7 @@ def draw_lesson(bank: Bank, rng: np.random.Generator, frames: int) -> Lesson:
 
 # Clips' lengths, at least and at most, in 0.4 s, and how often: for the encoder alone, to which the
 # chunks of 4 s of a longer clip are new rows, and for the whole model.
-LENGTHS = (((2, 10), (11, 20)), ((2, 10), (11, 30), (31, 60), (61, 100)))
+LENGTHS = (((2, 10), (11, 20)), ((2, 10), (11, 30), (31, 80), (81, 190)))
 LENGTH_SHARES = ((0.7, 0.3), (0.3, 0.3, 0.2, 0.2))
 
 
@@ -288,8 +288,8 @@ class Batches(Dataset):
 
 
 # ---- losses ----
-# Without AMX, a CPU's bfloat16 is slower than float32.
-FAST = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+# Without its own instructions, a CPU's bfloat16 is slower than float32.
+FAST = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def hearing_loss(heads: nn.ModuleDict, output: Tensor, batch: Batch) -> Tensor:
