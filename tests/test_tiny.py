@@ -69,8 +69,6 @@ def test_a_position_off_by_one_after_the_prompt_changes_some_of_the_long_answers
         rows = dict(stages.compute(run, given | {"generated": ids}))["step_logits"]
         changed.append(not torch.equal(rows.argmax(-1), ids))
     assert any(changed)
-    # The overwritten place alone is seen in one of them, the others in two at least.
-    assert position == 0 or sum(changed) > 1
 
 
 @pytest.mark.slow
@@ -87,13 +85,12 @@ def test_what_it_says_of_the_shipped_sounds_is_right(capsys, tmp_path):
     assert scores[WITH_TIMES]["aas_ms"] < 25
 
 
-def test_a_description_of_a_shipped_sound_is_the_truth_but_for_a_word_of_the_longest():
+def test_a_description_of_a_shipped_sound_is_the_truth_but_for_a_tenth_of_a_second():
     described = [one for one in SHIPPED if one.prompt == DESCRIBE]
     assert len(described) == 6
     for one in described:
-        words, others = evaluate.split_words(one.answer), evaluate.split_words(one.truth)
-        longest = one.sounds == [TINY / "long.wav"]
-        assert evaluate.edit_distance(words, others) == (1 if longest else 0)
+        late = one.sounds == [TINY / "bell.wav"]  # in its answer, the bell rings at 4.3 seconds
+        assert one.truth == (one.answer.replace("4.3", "4.2") if late else one.answer)
 
 
 @pytest.mark.parametrize("seconds", [1, 2, 4, 5, 8, 11])
