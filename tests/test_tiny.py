@@ -57,18 +57,21 @@ def test_a_shipped_sound_gives_the_ids_that_ship_with_it(shipped):
 
 
 @pytest.mark.parametrize("position, place", [(1, 0), (1, 1), (-1, -1), (0, -1)])
-def test_a_position_off_by_one_after_the_prompt_changes_some_of_the_long_answers(position, place):
+def test_a_position_off_by_one_after_the_prompt_changes_some_answers_a_long_one_too(
+    position, place
+):
     changed = []
     for shipped in SHIPPED:
-        if len(shipped.ids) < 100:
-            continue
         run = stages.Run(tiny(), shipped.prompt, None, len(shipped.sounds), steps=True)
         run.stepping = stages.Stepping(place, position)
         given = {f"waveform.{i}": load_audio(path) for i, path in enumerate(shipped.sounds)}
         ids = torch.tensor(shipped.ids)
         rows = dict(stages.compute(run, given | {"generated": ids}))["step_logits"]
-        changed.append(not torch.equal(rows.argmax(-1), ids))
-    assert any(changed)
+        if not torch.equal(rows.argmax(-1), ids):
+            changed.append(len(ids))
+    assert max(changed) >= 100
+    # The overwritten place alone is seen in one of them, the others in two at least.
+    assert position == 0 or len(changed) > 1
 
 
 @pytest.mark.slow
